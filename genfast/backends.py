@@ -1,0 +1,199 @@
+"""Which code runs an op: the choice of backend, the native modules, and the reasons when something is missing.
+
+Each backend offers a family as a module with one function per op, all of the same signature:
+
+========== ============================================ =======================================================
+backend    module                                       runs on
+========== ============================================ =======================================================
+reference  ``genfast.reference.FAMILY``                 any device, plain PyTorch
+cpu        ``genfast.native.FAMILY`` over ``_cpu_*``    CPU tensors
+triton     ``genfast.kernels.FAMILY``                   CUDA tensors; CPU tensors under ``TRITON_INTERPRET=1``
+cuda       ``genfast.native.FAMILY`` over ``_cuda``     CUDA tensors
+========== ============================================ =======================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from genfast._registry import export
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ISAS = ("base", "avx2", "avx512", "amx")
+"""Instruction sets with a native module of their own, weakest first."""
+
+FAMILIES = ("sampler_step",)
+
+# The order in which CUDA tensors are offered to the GPU backends, per family. The design asks for a measurement
+# before `cuda` comes first; no GPU has been at hand for this family yet, so Triton leads.
+CUDA_ORDER = {"sampler_step": ("triton", "cuda")}
+
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("genfast_backend", default=None)
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly chosen backend cannot run here; the message says why and what to do."""
+
+
+@export("package")
+@contextlib.contextmanager
+def backend(name: str):
+    """Run every op inside the ``with`` block on one backend: ``reference``, ``cpu``, ``triton`` or ``cuda``.
+
+    The choice is an order: an op that cannot honour it raises instead of falling back. ``GENFAST_BACKEND`` sets the
+    same for a whole process.
+
+    Raises:
+        ValueError: an unknown name.
+        BackendUnavailable: (from the op) the backend is not built, or does not run on the tensors' device.
+    """
+    token = _override.set(_checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+def override() -> str | None:
+    """The backend ordered by ``with genfast.backend(...)`` or ``GENFAST_BACKEND``, or None."""
+    name = _override.get()
+    if name is None and "GENFAST_BACKEND" in os.environ:
+        name = _checked(os.environ["GENFAST_BACKEND"], "GENFAST_BACKEND")
+    return name
+
+
+def choose(family: str, op: str, device: torch.device) -> tuple[str, Callable]:
+    """The backend for an op on a device and the function that runs it."""
+    return _choose(family, op, device.type, override())
+
+
+@functools.cache
+def _choose(family: str, op: str, device: str, ordered: str | None) -> tuple[str, Callable]:
+    if ordered is not None:
+        why = missing(ordered, device)
+        if why:
+            raise BackendUnavailable(f"backend {ordered!r} was asked for, but {why}")
+        return ordered, getattr(_module(ordered, family), op)
+    wanted = {"cpu": ("cpu",), "cuda": CUDA_ORDER[family]}.get(device, ())
+    reasons = []
+    for name in wanted:
+        why = missing(name, device)
+        if why is None:
+            return name, getattr(_module(name, family), op)
+        reasons.append(f"{name}: {why}")
+    detail = "; ".join(reasons) if reasons else f"no fused backend runs on {device} tensors"
+    warnings.warn(f"genfast runs {family} through plain PyTorch ({detail}). `genfast doctor` says more.", stacklevel=4)
+    return "reference", getattr(_module("reference", family), op)
+
+
+def _module(name: str, family: str):
+    if name == "cpu":
+        return importlib.import_module(f"genfast.native.{family}").bind(cpu_module())
+    if name == "cuda":
+        return importlib.import_module(f"genfast.native.{family}").bind(cuda_module())
+    return importlib.import_module(f"genfast.{'kernels' if name == 'triton' else name}.{family}")
+
+
+def missing(name: str, device: str) -> str | None:
+    """Why a backend cannot run on a kind of device, as the end of a sentence; None if it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        if device != "cpu":
+            return f"it runs on cpu tensors only, not {device}"
+        return None if cpu_module() else cpu_missing()
+    if name == "cuda":
+        if device != "cuda":
+            return f"it runs on cuda tensors only, not {device}"
+        return None if cuda_module() else cuda_missing()
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (`pip install triton`)"
+    if device == "cuda" or (device == "cpu" and interpreting()):
+        return None
+    if device == "cpu":
+        return "Triton kernels run on cpu tensors only in its interpreter (set TRITON_INTERPRET=1 before starting)"
+    return f"it runs on cuda tensors only, not {device}"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def build_info() -> dict:
+    """What ``setup.py`` wrote about the build: modules built, compilers, flags, and why a module was left out."""
+    path = Path(__file__).with_name("_build_info.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@functools.cache
+def native_module(name: str):
+    """A native module by its short name (``cpu_avx2``, ``cuda``), or None if it was not built."""
+    if importlib.util.find_spec(f"genfast._{name}") is None:
+        return None
+    return importlib.import_module(f"genfast._{name}")
+
+
+@functools.cache
+def machine_isas() -> tuple[str, ...]:
+    """The instruction sets of this machine that have a built module, weakest first."""
+    base = native_module("cpu_base")
+    if base is None:
+        return ()
+    supported = set(base.supported_isas())
+    return tuple(isa for isa in ISAS if isa in supported and native_module(f"cpu_{isa}") is not None)
+
+
+@functools.cache
+def cpu_isa() -> str | None:
+    """The instruction set in use: the best one here, capped by ``GENFAST_ISA``; None without a native module."""
+    cap = os.environ.get("GENFAST_ISA", ISAS[-1])
+    if cap not in ISAS:
+        raise ValueError(f"GENFAST_ISA must be one of {', '.join(ISAS)}; got {cap!r}")
+    usable = [isa for isa in machine_isas() if ISAS.index(isa) <= ISAS.index(cap)]
+    return usable[-1] if usable else None
+
+
+def cpu_module():
+    """The native CPU module in use, or None."""
+    isa = cpu_isa()
+    return native_module(f"cpu_{isa}") if isa else None
+
+
+def cuda_module():
+    """The native CUDA module, or None."""
+    return native_module("cuda")
+
+
+def cpu_missing() -> str:
+    why = build_info().get("missing", {}).get("cpu", "this copy of genfast was never built")
+    return f"the native module is not built: {why} (reinstall with a C++ compiler on the PATH)"
+
+
+def cuda_missing() -> str:
+    why = build_info().get("missing", {}).get("cuda", "this copy of genfast was never built")
+    return f"the CUDA module is not built: {why} (reinstall with nvcc on the PATH)"
+
+
+def reset() -> None:
+    """Forget cached choices, after the environment or the built modules have changed (tests use this)."""
+    for cached in (_choose, build_info, native_module, machine_isas, cpu_isa):
+        cached.cache_clear()

@@ -1,0 +1,3 @@
+"""Public ops: signatures, checks and dispatch. The arithmetic is in the backends."""
+
+from genfast.ops import sampler_step  # noqa: F401
