@@ -40,6 +40,7 @@ FAMILIES = ("sampler_step",)
 CUDA_ORDER = {"sampler_step": ("triton", "cuda")}
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("genfast_backend", default=None)
+_environment: str | None = os.environ.get("GENFAST_BACKEND")  # read once: a look-up per call costs as much as a step
 
 
 class BackendUnavailable(RuntimeError):
@@ -74,8 +75,8 @@ def _checked(name: str, source: str) -> str:
 def override() -> str | None:
     """The backend ordered by ``with genfast.backend(...)`` or ``GENFAST_BACKEND``, or None."""
     name = _override.get()
-    if name is None and "GENFAST_BACKEND" in os.environ:
-        name = _checked(os.environ["GENFAST_BACKEND"], "GENFAST_BACKEND")
+    if name is None and _environment is not None:
+        name = _checked(_environment, "GENFAST_BACKEND")
     return name
 
 
@@ -101,6 +102,22 @@ def _choose(family: str, op: str, device: str, ordered: str | None) -> tuple[str
     detail = "; ".join(reasons) if reasons else f"no fused backend runs on {device} tensors"
     warnings.warn(f"genfast runs {family} through plain PyTorch ({detail}). `genfast doctor` says more.", stacklevel=4)
     return "reference", getattr(_module("reference", family), op)
+
+
+def direct(family: str, op: str) -> Callable:
+    """The eager hot path of an op on plain CPU tensors: validates and runs, or returns NotImplemented."""
+    return _direct(family, op, override())
+
+
+@functools.lru_cache(maxsize=None)
+def _direct(family: str, op: str, ordered: str | None) -> Callable:
+    if ordered in (None, "cpu") and cpu_module() is not None:
+        return getattr(_module("cpu", family), f"{op}_direct")
+    return _not_implemented
+
+
+def _not_implemented(*_):
+    return NotImplemented
 
 
 def _module(name: str, family: str):
@@ -195,5 +212,7 @@ def cuda_missing() -> str:
 
 def reset() -> None:
     """Forget cached choices, after the environment or the built modules have changed (tests use this)."""
-    for cached in (_choose, build_info, native_module, machine_isas, cpu_isa):
+    global _environment
+    _environment = os.environ.get("GENFAST_BACKEND")
+    for cached in (_choose, _direct, build_info, native_module, machine_isas, cpu_isa):
         cached.cache_clear()

@@ -184,6 +184,13 @@ class StepTable:
             weights = [shaped[k].expand(rows, 1) for k in ("noise", "second_noise") if k in shaped]
             flags = torch.cat(weights, dim=1).ne(0).any(dim=1) if weights else torch.zeros(rows, dtype=torch.bool)
             self.noisy = tuple(flags.tolist())
+        self._host: tuple | None = None
+
+    def describe_to_host(self) -> None:
+        """Keep what the native hot path reads, once per table: address, rows, inputs, flags, noise per row."""
+        if self.data.device.type == "cpu" and self.noisy is not None:
+            flags = self.has_x0 | self.has_noise << 1 | self.has_second << 2 | self.has_log_std << 3
+            self._host = (self.data.data_ptr(), self.rows, self.inputs, flags, bytes(self.noisy))
 
     def to(self, device: torch.device | str) -> StepTable:
         """The same table on another device (itself if it is there already)."""
@@ -191,7 +198,7 @@ class StepTable:
         if device == self.data.device:
             return self
         copy = object.__new__(StepTable)
-        copy.__dict__.update(self.__dict__, data=self.data.to(device))
+        copy.__dict__.update(self.__dict__, data=self.data.to(device), _host=None)
         return copy
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genfast import profiling
 from genfast._registry import export
-from genfast.backends import choose
+from genfast.backends import choose, direct
 from genfast.random import signed64
 from genfast.reference.sampler_step import sampler_step as reference_step
 from genfast.step_table import StepTable
@@ -92,11 +92,35 @@ def sampler_step(
 
     Source: the samplers' papers; the linear form is derived in ``genfast/samplers/table.py``.
     """
+    compiling = torch.compiler.is_compiling()
+    if not (compiling or profiling.enabled):
+        # One native call for the plain case; everything else, and every error, goes through the checks below.
+        result = direct(FAMILY, "sampler_step")(
+            inputs,
+            table,
+            step,
+            uncond,
+            guidance,
+            guidance_rescale,
+            clip,
+            threshold,
+            log_variance,
+            noise,
+            generator,
+            seed,
+            stream,
+            offset,
+            dtype,
+            out,
+            second_out,
+        )
+        if result is not NotImplemented:
+            return result
+
     inputs = _checked_inputs(inputs, out)
     like = inputs[0] if inputs else out
     batch = like.shape[0] if like.dim() else 1
     device = like.device
-    compiling = torch.compiler.is_compiling()
 
     has_noise_source = noise is not None or generator is not None or seed is not None
     if not isinstance(table, StepTable):
@@ -190,6 +214,8 @@ def sampler_step(
         if target is None or staged[k]:
             outputs[k] = torch.empty_like(like, dtype=dtype if target is None else target.dtype)
     _run(inputs, table, options, outputs[0], outputs[1])
+    if table._host is None:
+        table.describe_to_host()
     if staged[0]:
         outputs[0] = out.copy_(outputs[0])
     if staged[1]:
