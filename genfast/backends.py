@@ -106,12 +106,12 @@ def _choose(family: str, op: str, device: str, ordered: str | None) -> tuple[str
 
 def direct(family: str, op: str) -> Callable:
     """The eager hot path of an op on plain CPU tensors: validates and runs, or returns NotImplemented."""
-    return _direct(family, op, override())
+    return _direct(family, op, _override.get() or _environment)
 
 
 @functools.lru_cache(maxsize=None)
 def _direct(family: str, op: str, ordered: str | None) -> Callable:
-    if ordered in (None, "cpu") and cpu_module() is not None:
+    if (ordered is None or _checked(ordered, "GENFAST_BACKEND") == "cpu") and cpu_module() is not None:
         return getattr(_module("cpu", family), f"{op}_direct")
     return _not_implemented
 

@@ -8,13 +8,51 @@
 namespace genfast {
 namespace {
 
+// An attribute or a method without arguments of torch.Tensor. Calling the C function behind the descriptor skips the
+// look-up along the type's bases, which is half of the price of `t.dtype`.
+class Reader {
+ public:
+  // `name` must be found on the type; anything but a C descriptor is read in the ordinary way.
+  void bind(PyObject* type, const char* name, bool method) {
+    name_ = PyUnicode_InternFromString(name);
+    method_ = method;
+    PyObject* found = PyObject_GetAttr(type, name_);
+    if (!found) throw pybind11::error_already_set();
+    if (!method && Py_TYPE(found) == &PyGetSetDescr_Type) {
+      getset_ = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
+    } else if (method && Py_TYPE(found) == &PyMethodDescr_Type) {
+      PyMethodDef* def = reinterpret_cast<PyMethodDescrObject*>(found)->d_method;
+      if (def->ml_flags == METH_NOARGS) plain_ = def->ml_meth;
+      if (def->ml_flags == (METH_VARARGS | METH_KEYWORDS)) {
+        keywords_ = reinterpret_cast<PyCFunctionWithKeywords>(reinterpret_cast<void (*)()>(def->ml_meth));
+        no_arguments_ = PyTuple_New(0);
+      }
+    }
+  }
+  // A new reference, or null with an exception set.
+  PyObject* operator()(PyObject* t) const {
+    if (getset_) return getset_->get(t, getset_->closure);
+    if (plain_) return plain_(t, nullptr);
+    if (keywords_) return keywords_(t, no_arguments_, nullptr);
+    return method_ ? PyObject_CallMethodNoArgs(t, name_) : PyObject_GetAttr(t, name_);
+  }
+
+ private:
+  PyObject *name_ = nullptr, *no_arguments_ = nullptr;
+  bool method_ = false;
+  PyGetSetDef* getset_ = nullptr;
+  PyCFunction plain_ = nullptr;
+  PyCFunctionWithKeywords keywords_ = nullptr;
+};
+
 // Set once by `direct_setup` from Python; kept for the life of the process.
 struct Types {
   PyObject* tensor = nullptr;
   PyObject* table = nullptr;
   PyObject* empty_like = nullptr;
   PyObject* dtypes[4] = {};
-  PyObject *dtype, *shape, *is_contiguous, *data_ptr, *requires_grad, *is_cpu, *host;
+  PyObject* host = nullptr;
+  Reader dtype, shape, requires_grad, is_cpu, is_contiguous, data_ptr;
 };
 Types types;
 
@@ -41,8 +79,8 @@ int dtype_code(PyObject* dtype) {
   return -1;
 }
 
-bool is_true(PyObject* object, PyObject* name) {
-  Ref value(PyObject_GetAttr(object, name));
+bool is_true(PyObject* t, const Reader& read) {
+  Ref value(read(t));
   return value.p == Py_True;
 }
 
@@ -52,20 +90,16 @@ int64_t element_size(int dtype) { return dtype == 3 ? 8 : dtype == 0 ? 4 : 2; }
 bool take_tensor(PyObject* t, Call& call, Operand& o) {
   if ((PyObject*)Py_TYPE(t) != types.tensor) return false;
   {
-    Ref dtype(PyObject_GetAttr(t, types.dtype));
+    Ref dtype(types.dtype(t));
     o.dtype = dtype_code(dtype.p);
     if (o.dtype < 0) return false;
   }
   {
-    Ref shape(PyObject_GetAttr(t, types.shape));
+    Ref shape(types.shape(t));
     if (!shape.p || PyObject_RichCompareBool(shape.p, call.shape, Py_EQ) != 1) return false;
   }
-  if (is_true(t, types.requires_grad) || !is_true(t, types.is_cpu)) return false;
-  {
-    Ref contiguous(PyObject_CallMethodNoArgs(t, types.is_contiguous));
-    if (contiguous.p != Py_True) return false;
-  }
-  Ref address(PyObject_CallMethodNoArgs(t, types.data_ptr));
+  if (is_true(t, types.requires_grad) || !is_true(t, types.is_cpu) || !is_true(t, types.is_contiguous)) return false;
+  Ref address(types.data_ptr(t));
   if (!address.p) return false;
   o.data = static_cast<char*>(PyLong_AsVoidPtr(address.p));
   o.batch_stride = call.args.inner;
@@ -112,7 +146,7 @@ bool take_number(PyObject* value, double& to) {
 }
 
 bool take_shape(PyObject* first, Call& call, PyObject*& held) {
-  held = PyObject_GetAttr(first, types.shape);
+  held = types.shape(first);
   if (!held || !PyTuple_Check(held)) return false;
   call.shape = held;
   const Py_ssize_t dims = PyTuple_GET_SIZE(held);
@@ -220,7 +254,7 @@ PyObject* take_output(PyObject* given, PyObject* first, int first_dtype, Call& c
   }
   PyObject* made = PyObject_CallOneArg(types.empty_like, first);
   if (!made) return nullptr;
-  Ref address(PyObject_CallMethodNoArgs(made, types.data_ptr));
+  Ref address(types.data_ptr(made));
   if (!address.p) {
     Py_DECREF(made);
     return nullptr;
@@ -286,13 +320,13 @@ void register_direct(pybind11::module_& module) {
         types.table = table.release().ptr();
         types.empty_like = empty_like.release().ptr();
         for (int i = 0; i < 4; i++) types.dtypes[i] = pybind11::object(dtypes[i]).release().ptr();
-        types.dtype = PyUnicode_InternFromString("dtype");
-        types.shape = PyUnicode_InternFromString("shape");
-        types.is_contiguous = PyUnicode_InternFromString("is_contiguous");
-        types.data_ptr = PyUnicode_InternFromString("data_ptr");
-        types.requires_grad = PyUnicode_InternFromString("requires_grad");
-        types.is_cpu = PyUnicode_InternFromString("is_cpu");
         types.host = PyUnicode_InternFromString("_host");
+        types.dtype.bind(tensor.ptr(), "dtype", false);
+        types.shape.bind(tensor.ptr(), "shape", false);
+        types.requires_grad.bind(tensor.ptr(), "requires_grad", false);
+        types.is_cpu.bind(tensor.ptr(), "is_cpu", false);
+        types.is_contiguous.bind(tensor.ptr(), "is_contiguous", true);
+        types.data_ptr.bind(tensor.ptr(), "data_ptr", true);
         types.tensor = tensor.release().ptr();
       },
       "Tell the module torch.Tensor, StepTable, torch.empty_like and [float32, bfloat16, float16, float64].");

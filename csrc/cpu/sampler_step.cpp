@@ -24,6 +24,7 @@ namespace genfast {
 namespace {
 
 constexpr int64_t kTile = 512;                  // elements; a multiple of kGroup, and ten buffers fit L1
+constexpr int64_t kPlainTile = 16 * kTile;      // when nothing is buffered: just the unit of work for a thread
 constexpr int64_t kGrain = 24 * 1024;           // elements that pay for another thread
 constexpr int64_t kMomentChunk = 16 * kTile;    // fixed, so that sums do not depend on the number of threads
 constexpr int kMaxTerms = kMaxInputs + 2;
@@ -111,15 +112,19 @@ void scatter(const C* from, const Operand& o, const std::vector<int64_t>& sizes,
 // is written, and no index reads another.
 template <class C, int TERMS, bool SECOND>
 void combine(const C* const* p, const C* c, const C* d, C* out, C* second, int64_t n) {
+  // Copies, because the compiler must otherwise expect `out` to overwrite the tables.
+  C c_[TERMS], d_[TERMS];
+  const C* p_[TERMS];
+  for (int t = 0; t < TERMS; t++) c_[t] = c[t], d_[t] = d[t], p_[t] = p[t];
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
-    C v = p[0][i];
-    C sum = c[0] * v, sum2 = SECOND ? d[0] * v : C(0);
+    C v = p_[0][i];
+    C sum = c_[0] * v, sum2 = SECOND ? d_[0] * v : C(0);
 #pragma GCC unroll 10
     for (int t = 1; t < TERMS; t++) {
-      v = p[t][i];
-      sum = fma1(c[t], v, sum);
-      if (SECOND) sum2 = fma1(d[t], v, sum2);
+      v = p_[t][i];
+      sum = fma1(c_[t], v, sum);
+      if (SECOND) sum2 = fma1(d_[t], v, sum2);
     }
     out[i] = sum;
     if (SECOND) second[i] = sum2;
@@ -157,7 +162,8 @@ struct Buffers {
 template <class C>
 class Step {
  public:
-  explicit Step(const StepArgs& args) : a(args), tiles((args.inner + kTile - 1) / kTile) {}
+  explicit Step(const StepArgs& args)
+      : a(args), span(needs_buffers(args) ? kTile : kPlainTile), tiles((args.inner + span - 1) / span) {}
 
   void run() {
     const int threads = threads_for(a.batch * a.inner * (a.philox ? 2 : 1), kGrain);
@@ -167,17 +173,27 @@ class Step {
       Buffers<C> buffers;
       Sample<C> sample;
       for (int64_t i = first; i < last; i++) {
-        const int64_t b = i / tiles, start = (i - b * tiles) * kTile;
+        const int64_t b = i / tiles, start = (i - b * tiles) * span;
         if (b != sample.b) begin(sample, b);
-        tile(sample, start, std::min(kTile, a.inner - start), buffers);
+        tile(sample, start, std::min(span, a.inner - start), buffers);
       }
     });
   }
 
  private:
   const StepArgs& a;
-  const int64_t tiles;
+  const int64_t span, tiles;  // elements of a tile, and tiles of a sample
   std::vector<C> factors, thresholds;
+
+  // Whether anything has to be converted or made on the way; a plain linear combination runs straight over memory.
+  static bool needs_buffers(const StepArgs& args) {
+    bool buffered = args.uncond.data || args.has_x0 || args.philox || args.log_variance.data;
+    const auto direct = [](const Operand& o) {
+      return !o.data || (o.strides.empty() && o.dtype == (sizeof(C) == 8 ? kFloat64 : kFloat32));
+    };
+    for (int i = 0; i < args.inputs; i++) buffered |= !direct(args.x[i]);
+    return buffered || !direct(args.noise) || !direct(args.out) || !direct(args.second);
+  }
 
   int64_t row_of(int64_t b) const {
     if (a.row >= 0) return a.row;
