@@ -5,11 +5,10 @@ Every op has a plain PyTorch reference (``genfast.reference``) and is checked ag
 
 import torch  # noqa: F401  (first, so that the native modules find the OpenMP runtime that torch loaded)
 
-from genfast import ops  # noqa: F401
+from genfast import checks, ops, profiling  # noqa: F401
 from genfast._registry import PUBLIC
-from genfast.backends import BackendUnavailable
 
 __version__ = "0.1.0"
 
 globals().update({name: entry.value for name, entry in PUBLIC.items()})
-__all__ = [*sorted(PUBLIC), "BackendUnavailable"]
+__all__ = sorted(PUBLIC)

@@ -43,6 +43,10 @@ _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("genfast_
 _environment: str | None = os.environ.get("GENFAST_BACKEND")  # read once: a look-up per call costs as much as a step
 
 
+_isa_override: str | None = None
+
+
+@export("package")
 class BackendUnavailable(RuntimeError):
     """An explicitly chosen backend cannot run here; the message says why and what to do."""
 
@@ -59,14 +63,15 @@ def backend(name: str):
         ValueError: an unknown name.
         BackendUnavailable: (from the op) the backend is not built, or does not run on the tensors' device.
     """
-    token = _override.set(_checked(name, "backend"))
+    token = _override.set(checked_name(name, "backend"))
     try:
         yield
     finally:
         _override.reset(token)
 
 
-def _checked(name: str, source: str) -> str:
+def checked_name(name: str, source: str) -> str:
+    """``name`` if it is a backend; ``source`` is the argument that the error names."""
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
     return name
@@ -76,7 +81,7 @@ def override() -> str | None:
     """The backend ordered by ``with genfast.backend(...)`` or ``GENFAST_BACKEND``, or None."""
     name = _override.get()
     if name is None and _environment is not None:
-        name = _checked(_environment, "GENFAST_BACKEND")
+        name = checked_name(_environment, "GENFAST_BACKEND")
     return name
 
 
@@ -109,9 +114,9 @@ def direct(family: str, op: str) -> Callable:
     return _direct(family, op, _override.get() or _environment)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _direct(family: str, op: str, ordered: str | None) -> Callable:
-    if (ordered is None or _checked(ordered, "GENFAST_BACKEND") == "cpu") and cpu_module() is not None:
+    if (ordered is None or checked_name(ordered, "GENFAST_BACKEND") == "cpu") and cpu_module() is not None:
         return getattr(_module("cpu", family), f"{op}_direct")
     return _not_implemented
 
@@ -182,11 +187,30 @@ def machine_isas() -> tuple[str, ...]:
 @functools.cache
 def cpu_isa() -> str | None:
     """The instruction set in use: the best one here, capped by ``GENFAST_ISA``; None without a native module."""
+    if _isa_override is not None:
+        return _isa_override
     cap = os.environ.get("GENFAST_ISA", ISAS[-1])
     if cap not in ISAS:
         raise ValueError(f"GENFAST_ISA must be one of {', '.join(ISAS)}; got {cap!r}")
     usable = [isa for isa in machine_isas() if ISAS.index(isa) <= ISAS.index(cap)]
     return usable[-1] if usable else None
+
+
+@contextlib.contextmanager
+def instruction_set(isa: str):
+    """Run CPU kernels of one instruction set inside the block: for tests and ``genfast verify``, not for threads."""
+    global _isa_override
+    if isa not in machine_isas():
+        raise BackendUnavailable(
+            f"instruction set {isa!r} was asked for; here are {', '.join(machine_isas()) or 'none'}"
+        )
+    before, _isa_override = _isa_override, isa
+    _forget_choices()
+    try:
+        yield
+    finally:
+        _isa_override = before
+        _forget_choices()
 
 
 def cpu_module():
@@ -214,5 +238,11 @@ def reset() -> None:
     """Forget cached choices, after the environment or the built modules have changed (tests use this)."""
     global _environment
     _environment = os.environ.get("GENFAST_BACKEND")
-    for cached in (_choose, _direct, build_info, native_module, machine_isas, cpu_isa):
+    for cached in (build_info, native_module, machine_isas):
+        cached.cache_clear()
+    _forget_choices()
+
+
+def _forget_choices() -> None:
+    for cached in (_choose, _direct, cpu_isa):
         cached.cache_clear()

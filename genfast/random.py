@@ -105,7 +105,7 @@ def reference_normal(
     blocks = torch.arange(-(-inner // 64) * 16, device=device)
     w = philox_words(seed.reshape(-1, 1), blocks[None], (rows + offset)[:, None], stream.reshape(-1, 1))
     z = torch.stack(normal_from_words(w[0], w[1]) + normal_from_words(w[2], w[3]))
-    z = z.view(4, batch, -1, 16).permute(1, 2, 0, 3).reshape(batch, blocks.numel() * 4)
+    z = z.view(4, batch, blocks.numel() // 16, 16).permute(1, 2, 0, 3).reshape(batch, blocks.numel() * 4)
     return z[:, :inner].contiguous()
 
 

@@ -217,7 +217,7 @@ def quantile_rank(ratio: float, count: int, dtype: torch.dtype) -> tuple[int, fl
         rank = float(np.float32(ratio) * np.float32(count - 1))
     else:
         rank = ratio * (count - 1)
-    below = min(int(math.floor(rank)), count - 1)
+    below = min(math.floor(rank), count - 1)
     return below, rank - below
 
 

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from genfast.layout import batch_strides
 from genfast.step_table import StepTable, quantile_rank
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def bind(module) -> SimpleNamespace:
     """The family's ops over one native module."""
     if not hasattr(module, "sampler_step_direct"):
@@ -51,13 +52,18 @@ def _sampler_step(
     if threshold is not None:
         ratio, maximum = threshold
         threshold = (*quantile_rank(ratio, inner, torch.float64 if float64 else torch.float32), maximum)
+    operands = [*inputs, uncond, log_variance, noise, out, second_out]
+    present = [t for t in operands if t is not None]
+    # One dense order for all (channels-last, say) is as good as contiguous, but in-kernel draws count row-major.
+    flat = batch_strides(present, ordered=seed is not None) is not None
+    *inputs, uncond, log_variance, noise, target, second = (_operand(t, flat) for t in operands)
     module.sampler_step(
-        [_operand(t) for t in inputs],
-        uncond=_operand(uncond),
-        log_variance=_operand(log_variance),
-        noise=_operand(noise),
-        out=_operand(out),
-        second=_operand(second_out),
+        inputs,
+        uncond=uncond,
+        log_variance=log_variance,
+        noise=noise,
+        out=target,
+        second=second,
         batch=batch,
         inner=inner,
         sizes=list(out.shape[1:]) or [1],
@@ -83,10 +89,14 @@ def _sampler_step(
     )
 
 
-def _operand(t: Tensor | None):
-    """(address, dtype code, batch stride, inner strides), the last empty where the inner dimensions are contiguous."""
+def _operand(t: Tensor | None, flat: bool):
+    """(address, dtype code, batch stride, inner strides), the last empty where the inner dimensions are one run."""
     if t is None:
         return None
-    batch_stride = t.stride(0) if t.dim() else 0
-    contiguous = t.dim() < 2 or t.numel() == 0 or t[0].is_contiguous()
-    return t.data_ptr(), DTYPE_CODES[t.dtype], batch_stride, [] if contiguous else list(t.stride()[1:])
+    contiguous = flat or t.dim() < 2 or t.numel() == 0 or t[0].is_contiguous()
+    return (
+        t.data_ptr(),
+        DTYPE_CODES[t.dtype],
+        t.stride(0) if t.dim() else 0,
+        [] if contiguous else list(t.stride()[1:]),
+    )

@@ -81,7 +81,8 @@ def sampler_step(
         out, second_out: write into these tensors (shape of the inputs; ``out`` may be one of the inputs).
 
     Returns:
-        ``out``, or ``(out, second)`` if the table has a second output. Arithmetic is float32, or float64 if an input is.
+        ``out``, or ``(out, second)`` if the table has a second output. Arithmetic is float32, or float64 if an input
+        is.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, coefficients that are not finite,
