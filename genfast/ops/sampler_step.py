@@ -200,7 +200,7 @@ def sampler_step(
             _check_output(name, tensor, like)
 
     if compiling or needs_grad:
-        results = _through_dispatcher(inputs, table, dtype, options, like)
+        results = _custom_op(*_flat_arguments(inputs, table, dtype, options, like))
         results = [r if o is None else o.copy_(r) for r, o in zip(results, (out, second_out))]
         return tuple(results) if table.has_second else results[0]
 
@@ -455,9 +455,10 @@ def _needs_staging(name: str, target: Tensor, others: list[Tensor], same_allowed
 # --- torch.library ---------------------------------------------------------------------------------------------------
 
 
-def _through_dispatcher(inputs, table: StepTable, dtype, options, like) -> list[Tensor]:
+def _flat_arguments(inputs, table: StepTable, dtype, options, like) -> tuple:
+    """The arguments of the registered operator, whose schema has neither tables nor tensor-or-number."""
     step, seed, guidance = options["step"], options["seed"], options["guidance"]
-    return _custom_op(
+    return (
         inputs,
         table.data,
         table.inputs,
