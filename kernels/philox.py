@@ -67,16 +67,12 @@ def normal_pair(w0, w1):
 
 
 @triton.jit
-def normals(k0, k1, block, lane, sample, stream):
-    """Four blocks of normals: one per word of Philox blocks ``block + lane``.
+def block_words(k0, k1, block, lane, sample, stream):
+    """The four words of Philox blocks ``block + lane``.
 
     ``block`` is an int64 scalar, a multiple of the number of lanes, so that adding a lane never carries into the high
     word; ``lane`` is an int32 block of lanes; the other arguments are uint32 scalars.
     """
     c0 = (block & 0xFFFFFFFF).to(tl.uint32) + lane.to(tl.uint32)
     zero = tl.zeros_like(c0)
-    c1 = (block >> 32).to(tl.uint32) + zero
-    w0, w1, w2, w3 = philox_words(k0, k1, c0, c1, sample + zero, stream + zero)
-    z0, z1 = normal_pair(w0, w1)
-    z2, z3 = normal_pair(w2, w3)
-    return z0, z1, z2, z3
+    return philox_words(k0, k1, c0, (block >> 32).to(tl.uint32) + zero, sample + zero, stream + zero)

@@ -22,7 +22,7 @@ from torch import Tensor
 from genfast.kernels import guidance as guidance_kernels
 from genfast.kernels import threshold as threshold_kernels
 from genfast.kernels.parts import BLOCK, PARTS, coefficient, guidance_scale, guided, load_tile, parts_of, table_row
-from genfast.kernels.philox import normals
+from genfast.kernels.philox import block_words, normal_pair
 from genfast.kernels.threshold import model_x0
 from genfast.layout import batch_strides, is_flat
 from genfast.step_table import StepTable, quantile_rank
@@ -30,9 +30,6 @@ from genfast.step_table import StepTable, quantile_rank
 NO_NOISE, TENSOR, PHILOX = 0, 1, 2
 NO_X0, PLAIN, CLIP, THRESHOLD = 0, 1, 2, 3
 NO_GUIDANCE, NUMBER, PER_SAMPLE = 0, 1, 2
-
-STEP_BLOCK = {NO_NOISE: BLOCK, TENSOR: BLOCK, PHILOX: 2 * BLOCK}
-"""Elements per program: four or more of each tensor per thread, as wide a load as a thread can make."""
 
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
 """Compile options of every kernel here: no contraction, so that the written order of operations is the executed one."""
@@ -240,15 +237,17 @@ def step_kernel(
         if STEP_TENSOR:
             draw += r.to(tl.uint32)
         blocks = tl.arange(0, BLOCK // 4)
-        z = normals(k0, k1, start // 4, blocks, counter, draw)
+        w = block_words(k0, k1, start // 4, blocks, counter, draw)
         first = (blocks // 16) * 64 + blocks % 16
-        for word in tl.static_range(4):
-            lanes = first + 16 * word
-            _tile(
-                tile, uncond, log_variance, noise, z[word], out, second, lanes, lanes < inner - start,
-                c, c_x0, c_noise, d, d_x0, d_noise, k_x, k_m, log_offset, log_slope, scale, factor, smallest, largest,
-                INPUTS, NOISE, X0, GUIDE, RESCALE, LOG_STD, SECOND, COMPUTE,
-            )  # fmt: skip
+        for pair in tl.static_range(2):
+            z = normal_pair(w[2 * pair], w[2 * pair + 1])
+            for half in tl.static_range(2):
+                lanes = first + (32 * pair + 16 * half)
+                _tile(
+                    tile, uncond, log_variance, noise, z[half], out, second, lanes, lanes < inner - start,
+                    c, c_x0, c_noise, d, d_x0, d_noise, k_x, k_m, log_offset, log_slope, scale, factor, smallest,
+                    largest, INPUTS, NOISE, X0, GUIDE, RESCALE, LOG_STD, SECOND, COMPUTE,
+                )  # fmt: skip
     else:
         lanes = tl.arange(0, BLOCK)
         _tile(
@@ -370,7 +369,7 @@ def sampler_step(
             inputs, x_stride, uncond, uncond_stride, batch, factors, threshold, shared, compute, precision
         )
     low, high = clip or (0.0, 0.0)
-    block = STEP_BLOCK[source]
+    block = _step_block(source, given)
     tiles = -(-inner // block)
     step_kernel[(batch * tiles,)](
         x=tuple(inputs), x_stride=x_stride, uncond=uncond, uncond_stride=uncond_stride, log_variance=log_variance,
@@ -381,6 +380,17 @@ def sampler_step(
         SECOND=table.has_second, STEP_TENSOR=step_tensor is not None, SEED_TENSOR=seeds is not None,
         COMPUTE=precision, BLOCK=block, **shared, **EXACT,
     )  # fmt: skip
+
+
+def _step_block(source: int, tensors) -> int:
+    """Elements per program of 128 threads: full 16-byte accesses, and for mixed widths as many of each per thread.
+
+    With 4 elements per thread of every tensor no value has to change threads through shared memory.
+    """
+    if source == PHILOX:
+        return 2 * BLOCK
+    width = tensors[0].element_size()
+    return BLOCK if all(t.element_size() == width for t in tensors) else BLOCK // 2
 
 
 def _rescale_factors(cond, cond_stride, uncond, uncond_stride, batch, rescale, shared, compute, precision) -> Tensor:
