@@ -14,25 +14,33 @@ struct PhiloxKey {
   uint32_t sample, stream;
 };
 
+// Words of blocks [block, block + kLanes), `block` a multiple of kLanes. A 32-bit word lives in the low half of a 64-bit
+// lane, because the multiplier reads just that half: a product's low word needs no masking, its high word is one shift,
+// and no lane is ever shuffled until the end.
 inline void philox_words(const PhiloxKey& key, uint64_t block, vu w[4]) {
-  vu lane{};
-  for (int i = 0; i < kLanes; i++) lane[i] = (uint32_t)i;
-  // Blocks of a group start at a multiple of 16, so adding a lane number never carries into the high word.
-  vu c0 = splat((uint32_t)block) + lane, c1 = splat((uint32_t)(block >> 32));
-  vu c2 = splat(key.sample), c3 = splat(key.stream);
+  constexpr int kHalf = kLanes / 2;
+  vq c0[2], c1[2], c2[2], c3[2], lane{};
+  for (int i = 0; i < kHalf; i++) lane[i] = (uint64_t)i;
+  for (int h = 0; h < 2; h++) {
+    c0[h] = lane + (block + h * kHalf);
+    c1[h] = vq{} + (block >> 32);
+    c2[h] = vq{} + key.sample;
+    c3[h] = vq{} + key.stream;
+  }
   uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
   for (int round = 0; round < 10; round++) {
-    vu hi0, lo0, hi1, lo1;
-    multiply_wide(c0, kPhiloxM0, hi0, lo0);
-    multiply_wide(c2, kPhiloxM1, hi1, lo1);
-    c0 = hi1 ^ c1 ^ splat(k0);
-    c1 = lo1;
-    c2 = hi0 ^ c3 ^ splat(k1);
-    c3 = lo0;
+    for (int h = 0; h < 2; h++) {
+      const vq p0 = multiply_low(c0[h], kPhiloxM0), p1 = multiply_low(c2[h], kPhiloxM1);
+      c0[h] = high_half(p1) ^ c1[h] ^ (uint64_t)k0;
+      c1[h] = p1;
+      c2[h] = high_half(p0) ^ c3[h] ^ (uint64_t)k1;
+      c3[h] = p0;
+    }
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }
-  w[0] = c0, w[1] = c1, w[2] = c2, w[3] = c3;
+  w[0] = pack_low(c0[0], c0[1]), w[1] = pack_low(c1[0], c1[1]);
+  w[2] = pack_low(c2[0], c2[1]), w[3] = pack_low(c3[0], c3[1]);
 }
 
 inline void box_muller(vu w0, vu w1, vf& z0, vf& z1) {

@@ -24,6 +24,7 @@ constexpr int kLanes = 4;
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef uint64_t vq __attribute__((vector_size(kLanes * 4)));
 
 inline vf splat(float x) { return x - vf{}; }
 inline vu splat(uint32_t x) { return x - vu{}; }
@@ -63,6 +64,12 @@ inline vf fma_exact(vf a, vf b, vf c) {
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__SSE2__)
+  const auto half = [](__m128 x, __m128 y, __m128 z) {
+    return _mm_cvtpd_ps(_mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z)));
+  };
+  const __m128 x = (__m128)a, y = (__m128)b, z = (__m128)c;
+  return (vf)_mm_movelh_ps(half(x, y, z), half(_mm_movehl_ps(x, x), _mm_movehl_ps(y, y), _mm_movehl_ps(z, z)));
 #else
   vf r;
   for (int i = 0; i < kLanes; i++) r[i] = (float)((double)a[i] * (double)b[i] + (double)c[i]);
@@ -84,30 +91,38 @@ inline vf square_root(vf x) {
 #endif
 }
 
-// High and low halves of the 32 x 32 bit products x * m.
-inline void multiply_wide(vu x, uint32_t m, vu& high, vu& low) {
+// Low 32 bits of each 64-bit lane times m, all 64 bits of the product. The high 32 bits of x do not matter.
+inline vq multiply_low(vq x, uint32_t m) {
 #if defined(__AVX512F__)
-  const __m512i v = (__m512i)x, mm = _mm512_set1_epi64(m);
-  const __m512i even = _mm512_mul_epu32(v, mm), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), mm);
-  high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  low = (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  return (vq)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(m));
 #elif defined(__AVX2__)
-  const __m256i v = (__m256i)x, mm = _mm256_set1_epi64x(m);
-  const __m256i even = _mm256_mul_epu32(v, mm), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), mm);
-  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  return (vq)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(m));
 #elif defined(__SSE2__)
-  const __m128i v = (__m128i)x, mm = _mm_set1_epi64x(m), upper = _mm_set1_epi64x((int64_t)0xFFFFFFFF00000000ull);
-  const __m128i even = _mm_mul_epu32(v, mm), odd = _mm_mul_epu32(_mm_srli_epi64(v, 32), mm);
-  high = (vu)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_and_si128(odd, upper));
-  low = (vu)_mm_or_si128(_mm_andnot_si128(upper, even), _mm_slli_epi64(odd, 32));
+  return (vq)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(m));
 #else
-  for (int i = 0; i < kLanes; i++) {
-    const uint64_t p = (uint64_t)x[i] * m;
-    high[i] = (uint32_t)(p >> 32);
-    low[i] = (uint32_t)p;
-  }
+  return (x & 0xFFFFFFFFull) * (uint64_t)m;
 #endif
+}
+
+// The high 32 bits of each 64-bit lane in its low half; the high half is left undefined. A shuffle rather than a shift,
+// because shifts share their only 512-bit port with the multiplier.
+inline vq high_half(vq x) {
+#if defined(__AVX512F__)
+  return (vq)_mm512_shuffle_epi32((__m512i)x, (_MM_PERM_ENUM)0xF5);
+#elif defined(__AVX2__)
+  return (vq)_mm256_shuffle_epi32((__m256i)x, 0xF5);
+#elif defined(__SSE2__)
+  return (vq)_mm_shuffle_epi32((__m128i)x, 0xF5);
+#else
+  return x >> 32;
+#endif
+}
+
+// The low 32 bits of the lanes of a, then those of b.
+inline vu pack_low(vq a, vq b) {
+  vu even;
+  for (int i = 0; i < kLanes; i++) even[i] = (uint32_t)(2 * i);
+  return __builtin_shuffle((vu)a, (vu)b, even);
 }
 
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
