@@ -97,9 +97,7 @@ def _specialised(kernel, values: dict, options: dict) -> Launch:
 
 def _argument_type(value, path, specialise, annotated, constants, attributes):
     if isinstance(value, tuple):
-        return tuple(
-            _argument_type(v, (*path, i), specialise, "", constants, attributes) for i, v in enumerate(value)
-        )
+        return tuple(_argument_type(v, (*path, i), specialise, "", constants, attributes) for i, v in enumerate(value))
     if value is None or (type(value) is int and value == 1 and specialise):
         constants[path] = value
         return "constexpr"
@@ -206,12 +204,10 @@ def cuda_sources() -> list[Path]:
 
 def cuda_rows(source: Path, nvcc: str, targets=NVIDIA) -> list[Row]:
     """Compile one file for all targets; one row per kernel and target."""
-    import pybind11
-
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-DGENFAST_MODULE=_cuda", "-Xcompiler", "-fPIC",
-            "-I", pybind11.get_include(), "-I", _python_include(), "--threads", "0",
+            nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC",
+            "-I", str(ROOT / "csrc"), "--threads", "0",
             *(f"-gencode=arch=compute_{t[3:]},code={t}" for t in targets),
             "-c", str(source), "-o", str(Path(folder, "out.o")),
         ]  # fmt: skip
@@ -231,7 +227,14 @@ def _parse_ptxas(source: str, log: str) -> list[Row]:
         elif (used := re.search(r"Used (\d+) registers", line)) and kernel:
             shared = re.search(r"(\d+) bytes smem", line)
             rows.append(
-                Row(source, _demangled(kernel), target, int(used.group(1)), spilled, int(shared.group(1)) if shared else 0)
+                Row(
+                    source,
+                    _demangled(kernel),
+                    target,
+                    int(used.group(1)),
+                    spilled,
+                    int(shared.group(1)) if shared else 0,
+                )
             )
             kernel = None
     return rows
@@ -242,12 +245,6 @@ def _demangled(name: str) -> str:
     if tool is None:
         return name
     return subprocess.run([tool, name], capture_output=True, text=True).stdout.strip().split("(", 1)[0]
-
-
-def _python_include() -> str:
-    import sysconfig
-
-    return sysconfig.get_paths()["include"]
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -265,10 +262,8 @@ def main(argv=None) -> int:
     def show(found):
         for row in found:
             rows.append(row)
-            print(
-                f"{row.source:42} {row.kernel[:60]:60} {row.target:7} {row.registers:5d} {row.spilled:6d} {row.shared:7d}",
-                flush=True,
-            )
+            names = f"{row.source:42} {row.kernel[:60]:60} {row.target:7}"
+            print(f"{names} {row.registers:5d} {row.spilled:6d} {row.shared:7d}", flush=True)
 
     print(f"{'configuration or file':42} {'kernel':60} {'target':7} {'regs':>5} {'spills':>6} {'shared':>7}")
     if "triton" not in options.skip:

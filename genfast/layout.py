@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,33 @@ def batch_strides(tensors: Sequence[Tensor], *, ordered: bool) -> list[int] | No
     return [t.stride(0) for t in tensors]
 
 
-def is_flat(strides: Sequence[int], batch: int, inner: int) -> bool:
-    """Whether every tensor is one dense run over the whole batch."""
-    return batch == 1 or all(stride == inner for stride in strides)
+def is_flat(operands: Sequence[Tensor | None], strides: Sequence[int], batch: int, inner: int) -> bool:
+    """Whether every operand is one dense run over the whole batch."""
+    return batch == 1 or all(t is None or stride == inner for t, stride in zip(operands, strides))
+
+
+def arrange(operands: Sequence[Tensor | None], outputs: int, *, ordered: bool) -> tuple[list[Tensor | None], list[int]]:
+    """The operands of a step (None: not given), laid out so that each sample is one dense run, and their batch strides.
+
+    Where the tensors do not share a layout, those that are not contiguous are replaced: inputs by contiguous copies,
+    the last ``outputs`` operands by new tensors, for :func:`give_back` to copy out of.
+    """
+    given = [t for t in operands if t is not None]
+    strides = batch_strides(given, ordered=ordered)
+    operands = list(operands)
+    if strides is None:
+        first_output = len(operands) - outputs
+        for i, t in enumerate(operands):
+            if t is not None and not t.is_contiguous():
+                contiguous = torch.contiguous_format
+                operands[i] = t.contiguous() if i < first_output else torch.empty_like(t, memory_format=contiguous)
+        strides = batch_strides([t for t in operands if t is not None], ordered=ordered)
+    found = iter(strides)
+    return operands, [0 if t is None else next(found) for t in operands]
+
+
+def give_back(targets: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> None:
+    """Copy results that :func:`arrange` had put elsewhere to where they belong."""
+    for target, result in zip(targets, results):
+        if target is not result:
+            target.copy_(result)

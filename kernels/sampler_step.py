@@ -14,6 +14,8 @@ once; runs of 16 elements keep the accesses wide. Guidance rescaling and dynamic
 first: see ``guidance.py`` and ``threshold.py``.
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from genfast.kernels import threshold as threshold_kernels
 from genfast.kernels.parts import BLOCK, PARTS, coefficient, guidance_scale, guided, load_tile, parts_of, table_row
 from genfast.kernels.philox import block_words, normal_pair
 from genfast.kernels.threshold import model_x0
-from genfast.layout import batch_strides, is_flat
+from genfast.layout import arrange, give_back, is_flat
 from genfast.step_table import StepTable, quantile_rank
 
 NO_NOISE, TENSOR, PHILOX = 0, 1, 2
@@ -280,32 +282,15 @@ def sampler_step(
     A tensor whose samples are not one dense run in the order of the others goes through a contiguous copy; with
     Philox noise, or if it is the only one, that order is row-major. Reductions use a few KB per sample.
     """
-    if out.numel() == 0:
+    count = out.numel()
+    if count == 0:
         return
     philox = noise is None and seed is not None
-    tensors = [*inputs, uncond, log_variance, noise, out, second_out]
-    given = [t for t in tensors if t is not None]
-    strides = batch_strides(given, ordered=philox)
-    if strides is None:
-        targets = [t if t is None or t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)
-                   for t in (out, second_out)]  # fmt: skip
-        inputs, uncond, log_variance, noise = (
-            [t.contiguous() for t in inputs],
-            *(t if t is None else t.contiguous() for t in (uncond, log_variance, noise)),
-        )
-        sampler_step(
-            inputs, table, step=step, uncond=uncond, guidance=guidance, guidance_rescale=guidance_rescale, clip=clip,
-            threshold=threshold, log_variance=log_variance, noise=noise, seed=seed, stream=stream, offset=offset,
-            out=targets[0], second_out=targets[1],
-        )  # fmt: skip
-        for target, result in ((out, targets[0]), (second_out, targets[1])):
-            if target is not result:
-                target.copy_(result)
-        return
+    operands, strides = arrange([*inputs, uncond, log_variance, noise, out, second_out], 2, ordered=philox)
+    *inputs, uncond, log_variance, noise, first, second = operands
 
     batch = out.shape[0] if out.dim() else 1
-    inner = out.numel() // batch
-    count = len(inputs)
+    inner = count // batch
     compute = torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
     rescale = uncond is not None and guidance_rescale != 0.0
 
@@ -334,16 +319,13 @@ def sampler_step(
         row_stride == 0
         and guidance_stride == 0
         and not (philox or rescale or threshold)
-        and is_flat(strides, batch, inner)
+        and is_flat(operands, strides, batch, inner)
     ):
-        batch, inner = 1, batch * inner
+        batch, inner = 1, count
     if batch == 1:
         strides = [0] * len(strides)
-    places = iter(strides)
-    x_stride = tuple(next(places) for _ in inputs)
-    uncond_stride, log_variance_stride, noise_stride, out_stride, second_stride = (
-        0 if t is None else next(places) for t in tensors[count:]
-    )
+    *x_stride, uncond_stride, log_variance_stride, noise_stride, out_stride, second_stride = strides
+    x_stride = tuple(x_stride)
 
     shared = dict(
         table=table.data,
@@ -358,39 +340,49 @@ def sampler_step(
         GUIDE=guide,
     )
     precision = tl.float64 if compute == torch.float64 else tl.float32
-    factors = limits = None
-    if rescale:
-        factors = _rescale_factors(
-            inputs[1], x_stride[1], uncond, uncond_stride, batch, guidance_rescale, shared, compute, precision
-        )
     x0 = NO_X0 if not table.has_x0 else CLIP if clip else THRESHOLD if threshold else PLAIN
-    if x0 == THRESHOLD:
-        limits = _threshold_limits(
-            inputs, x_stride, uncond, uncond_stride, batch, factors, threshold, shared, compute, precision
-        )
     low, high = clip or (0.0, 0.0)
-    block = _step_block(source, given)
+    block = _step_block(source, operands)
     tiles = -(-inner // block)
-    step_kernel[(batch * tiles,)](
-        x=tuple(inputs), x_stride=x_stride, uncond=uncond, uncond_stride=uncond_stride, log_variance=log_variance,
-        log_variance_stride=log_variance_stride, noise=noise, noise_stride=noise_stride, out=out, out_stride=out_stride,
-        second=second_out, second_stride=second_stride, low=low, high=high, factors=factors, limits=limits, seeds=seeds,
-        seed_low=seed_low, seed_high=seed_high, seed_stride=seed_stride, stream=_int32(stream), offset=_int32(offset),
-        tiles=tiles, INPUTS=count, NOISE=source, X0=x0, RESCALE=rescale, LOG_STD=log_variance is not None,
-        SECOND=table.has_second, STEP_TENSOR=step_tensor is not None, SEED_TENSOR=seeds is not None,
-        COMPUTE=precision, BLOCK=block, **shared, **EXACT,
-    )  # fmt: skip
+    factors = limits = None
+    with _on_device(out):
+        if rescale:
+            factors = _rescale_factors(
+                inputs[1], x_stride[1], uncond, uncond_stride, batch, guidance_rescale, shared, compute, precision
+            )
+        if x0 == THRESHOLD:
+            limits = _threshold_limits(
+                inputs, x_stride, uncond, uncond_stride, batch, factors, threshold, shared, compute, precision
+            )
+        step_kernel[(batch * tiles,)](
+            x=tuple(inputs), x_stride=x_stride, uncond=uncond, uncond_stride=uncond_stride, log_variance=log_variance,
+            log_variance_stride=log_variance_stride, noise=noise, noise_stride=noise_stride, out=first,
+            out_stride=out_stride, second=second, second_stride=second_stride, low=low, high=high, factors=factors,
+            limits=limits, seeds=seeds, seed_low=seed_low, seed_high=seed_high, seed_stride=seed_stride,
+            stream=_int32(stream), offset=_int32(offset), tiles=tiles, INPUTS=len(inputs), NOISE=source, X0=x0,
+            RESCALE=rescale, LOG_STD=log_variance is not None, SECOND=table.has_second,
+            STEP_TENSOR=step_tensor is not None, SEED_TENSOR=seeds is not None, COMPUTE=precision, BLOCK=block,
+            **shared, **EXACT,
+        )  # fmt: skip
+    give_back((out, second_out), (first, second))
 
 
-def _step_block(source: int, tensors) -> int:
+def _on_device(out: Tensor):
+    """Triton launches on the current device; make it the tensors' own."""
+    if out.is_cuda and out.device.index != torch.cuda.current_device():
+        return torch.cuda.device(out.device)
+    return contextlib.nullcontext()
+
+
+def _step_block(source: int, operands) -> int:
     """Elements per program of 128 threads: full 16-byte accesses, and for mixed widths as many of each per thread.
 
     With 4 elements per thread of every tensor no value has to change threads through shared memory.
     """
     if source == PHILOX:
         return 2 * BLOCK
-    width = tensors[0].element_size()
-    return BLOCK if all(t.element_size() == width for t in tensors) else BLOCK // 2
+    widths = {t.element_size() for t in operands if t is not None}
+    return BLOCK if len(widths) == 1 else BLOCK // 2
 
 
 def _rescale_factors(cond, cond_stride, uncond, uncond_stride, batch, rescale, shared, compute, precision) -> Tensor:
