@@ -1,0 +1,109 @@
+"""Ahead-of-time compilation of the Triton kernels for GPUs that this machine need not have."""
+
+import pytest
+import torch
+
+from genfast import backends
+from genfast.step_table import StepTable
+
+pytest.importorskip("triton")
+if backends.interpreting():
+    pytest.skip("kernels cannot be compiled in a process that interprets them", allow_module_level=True)
+
+from benchmarks import compile_report
+from genfast.kernels import configurations
+from genfast.kernels.sampler_step import sampler_step
+
+
+def compile_without_spills(cases, dtypes):
+    rows = list(compile_report.triton_rows(compile_report.TARGETS, cases, dtypes))
+    assert {row.target for row in rows} == set(compile_report.TARGETS)
+    assert all(row.registers > 0 for row in rows)
+    assert not [row for row in rows if row.spilled]
+    return rows
+
+
+def test_a_few_configurations_on_every_target():
+    rows = compile_without_spills(compile_report.QUICK_CASES, compile_report.QUICK_DTYPES)
+    kernels = {"step_kernel", "moments_kernel", "rescale_kernel", "histogram_kernel", "limit_kernel"}
+    assert {row.kernel for row in rows} == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtypes", configurations.DTYPES)
+def test_every_configuration_on_every_target(dtypes):
+    compile_without_spills(None, [dtypes])
+
+
+def launch_keys(**options):
+    (inputs, table), defaults = configurations.arguments(configurations.CASES[3], "fp32")
+    table = StepTable([[0.5, 0.5]] * 40, noise=0.1).to("meta")
+    with compile_report.recorded_launches() as launches:
+        sampler_step(inputs, table, **{**defaults, **options})
+    return [launch.key() for launch in launches]
+
+
+def test_no_number_compiles_a_new_kernel():
+    expected = launch_keys(step=0, seed=0, stream=0, offset=0)
+    assert len(expected) == 1  # one launch per step
+    for step in (1, 16, 39):
+        assert launch_keys(step=step) == expected
+    for seed in (1, 16, 2**31, 2**40, -1, 2**63 - 1):
+        assert launch_keys(seed=seed) == expected
+    for counter in (1, 16, 2**31, 2**32 - 1):
+        assert launch_keys(stream=counter) == expected
+        assert launch_keys(offset=counter) == expected
+
+
+@pytest.mark.parametrize(
+    "name, launches",
+    [("ddim", 1), ("multistep_sde", 1), ("on_device", 1), ("guided_rescale", 3), ("ddim_threshold", 4 + 1 + 1)],
+)
+def test_launches_per_step(name, launches):
+    case = next(case for case in configurations.CASES if case.name == name)
+    (inputs, table), options = configurations.arguments(case, "fp32+bf16")
+    with compile_report.recorded_launches() as recorded:
+        sampler_step(inputs, table, **options)
+    assert len(recorded) == launches
+
+
+def test_loads_and_stores_are_wide():
+    launch = next(launch for name, launch in compile_report.triton_launches(["ddim"], ["fp32"]).values())
+    code = compile_report.compile_launch(launch, "sm_90").asm["ptx"]
+    lines = [line for line in code.splitlines() if "global" in line and (".b32" in line or ".b64" in line)]
+    wide = [line for line in lines if ".v4.b32" in line]
+    # Besides the elements only the coefficients are read, as float64.
+    assert wide and all(line in wide or "ld.global.b64" in line for line in lines)
+
+
+def test_normals_are_not_contracted():
+    """Bits agree between backends only if the compiler fuses nothing that the specification does not."""
+    launch = next(launch for name, launch in compile_report.triton_launches(["randn"], ["fp32"]).values())
+    assert launch.options["enable_fp_fusion"] is False
+    code = compile_report.compile_launch(launch, "sm_90").asm["ptx"]
+    assert "fma.rn.f32" in code and "sqrt.rn.f32" in code
+    assert not [line for line in code.splitlines() if "mul.f32" in line or "add.f32" in line or "mad.f32" in line]
+
+
+def test_extra_memory_is_a_few_kilobytes_per_sample():
+    case = next(case for case in configurations.CASES if case.name == "guided_rescale_threshold_philox")
+    (inputs, table), options = configurations.arguments(case, "fp32", (4, 1024, 1024), "cpu")
+    allocated = 0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal allocated
+            result = function(*args, **kwargs)
+            allocated += result.numel() * result.element_size()
+            return result
+
+        return call
+
+    empty, zeros = torch.empty, torch.zeros
+    torch.empty, torch.zeros = counted(empty), counted(zeros)
+    try:
+        with compile_report.recorded_launches():
+            sampler_step(inputs, table, **options)
+    finally:
+        torch.empty, torch.zeros = empty, zeros
+    assert 0 < allocated <= 4 * 20_000
