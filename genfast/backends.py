@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from genfast import profiling
 from genfast._registry import export
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -109,16 +110,30 @@ def _choose(family: str, op: str, device: str, ordered: str | None) -> tuple[str
     return "reference", getattr(_module("reference", family), op)
 
 
-def direct(family: str, op: str) -> Callable:
-    """The eager hot path of an op on plain CPU tensors: validates and runs, or returns NotImplemented."""
-    return _direct(family, op, _override.get() or _environment)
+class HotPath:
+    """The eager hot path of one op on plain CPU tensors: call it, and it runs the op or returns NotImplemented.
+
+    Calling through ``run``, an attribute that is swapped when the choice changes, leaves no look-up on the path. An
+    order by ``with genfast.backend(...)`` is read inside the native call.
+    """
+
+    def __init__(self, family: str, op: str):
+        self._family, self._op = family, op
+        self.forget()
+        _hot_paths.append(self)
+
+    def forget(self) -> None:
+        self.run = self._first
+
+    def _first(self, *arguments):
+        # Not at import: the native module must find torch and its OpenMP runtime loaded, and the family importable.
+        self.run = _not_implemented
+        if not profiling.enabled and _environment in (None, "cpu") and cpu_module() is not None:
+            self.run = getattr(_module("cpu", self._family), f"{self._op}_direct")
+        return self.run(*arguments)
 
 
-@functools.cache
-def _direct(family: str, op: str, ordered: str | None) -> Callable:
-    if (ordered is None or checked_name(ordered, "GENFAST_BACKEND") == "cpu") and cpu_module() is not None:
-        return getattr(_module("cpu", family), f"{op}_direct")
-    return _not_implemented
+_hot_paths: list[HotPath] = []
 
 
 def _not_implemented(*_):
@@ -127,9 +142,9 @@ def _not_implemented(*_):
 
 def _module(name: str, family: str):
     if name == "cpu":
-        return importlib.import_module(f"genfast.native.{family}").bind(cpu_module())
+        return importlib.import_module(f"genfast.native.{family}").bind(cpu_module(), _override)
     if name == "cuda":
-        return importlib.import_module(f"genfast.native.{family}").bind(cuda_module())
+        return importlib.import_module(f"genfast.native.{family}").bind(cuda_module(), _override)
     return importlib.import_module(f"genfast.{'kernels' if name == 'triton' else name}.{family}")
 
 
@@ -244,5 +259,11 @@ def reset() -> None:
 
 
 def _forget_choices() -> None:
-    for cached in (_choose, _direct, cpu_isa):
+    """Resolve again at the next call: after another instruction set, environment or profiling setting."""
+    for cached in (_choose, cpu_isa):
         cached.cache_clear()
+    for path in _hot_paths:
+        path.forget()
+
+
+profiling.on_change = _forget_choices

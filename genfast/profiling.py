@@ -12,11 +12,16 @@ from genfast._registry import export
 enabled = False
 """Read by every op before it opens a range: one attribute look-up is all that profiling costs when it is off."""
 
+on_change = None
+"""Called after ``enabled`` has changed: the backends leave their hot path, which opens no ranges, while it is on."""
+
 
 def enable(on: bool = True) -> bool:
     """Turn ranges on or off for this process; the previous setting comes back."""
     global enabled
     before, enabled = enabled, on
+    if on_change is not None:
+        on_change()
     return before
 
 

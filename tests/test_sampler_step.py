@@ -261,6 +261,16 @@ def test_more_than_two_to_the_31_elements():
     assert x[0, -5:].tolist() == [2, 4, 6, 8, 10] and x[0, 2**31 - 3 : 2**31 + 3].tolist() == [2] * 6
 
 
+@pytest.mark.parametrize("size", [1, 5])
+def test_negated_views_keep_their_sign(size, isa):
+    negated = torch.complex(torch.zeros(size), torch.ones(size)).conj().imag
+    assert negated.is_neg()
+    for t in (negated, negated[None], negated[:, None]):
+        assert (genfast.sampler_step([t, torch.zeros_like(t)], [2.0, 0.0]) == -2).all()
+    with pytest.raises(ValueError, match="out is a lazily negated view"):
+        genfast.sampler_step([torch.ones(size)], [1.0], out=negated)
+
+
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +345,7 @@ BAD = {
     "shape of an input": (ValueError, r"inputs\[1\].*\[2, 4\].*\[2, 3\]", dict(inputs=[X, torch.randn(2, 4)])),
     "integers": (TypeError, r"inputs\[0\].*int64", dict(inputs=[X.long(), M])),
     "complex": (TypeError, r"inputs\[1\].*complex64", dict(inputs=[X, M + 1j])),
+    "sparse": (TypeError, r"inputs\[1\] must be a dense tensor", dict(inputs=[X, M.to_sparse()])),
     "device": (ValueError, r"inputs\[1\] is on meta", dict(inputs=[X, M.to("meta")])),
     "count": (ValueError, "inputs has 1 tensors", dict(inputs=[X])),
     "step missing": (ValueError, "step is missing", dict(table=ROWS)),

@@ -8,6 +8,24 @@
 namespace genfast {
 namespace {
 
+// The part of the DLPack exchange protocol (version 1.3 on) that is used here: one C call that shows a tensor without
+// taking it. Layouts are fixed by the protocol's binary interface.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id, ndim;
+  uint8_t type_code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DLPackExchangeAPI {
+  uint32_t major, minor;
+  void *previous, *allocate, *from_object, *to_object;
+  int (*show)(void* object, DLTensor* out);
+};
+constexpr int32_t kDLCpu = 1;
+constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
+
 // An attribute or a method without arguments of torch.Tensor. Calling the C function behind the descriptor skips the
 // look-up along the type's bases, which is half of the price of `t.dtype`.
 class Reader {
@@ -50,11 +68,27 @@ struct Types {
   PyObject* tensor = nullptr;
   PyObject* table = nullptr;
   PyObject* empty_like = nullptr;
+  PyObject* backend = nullptr;  // context variable: None, or the backend that was ordered
   PyObject* dtypes[4] = {};
   PyObject* host = nullptr;
   Reader dtype, shape, requires_grad, is_cpu, is_contiguous, data_ptr;
+  const DLPackExchangeAPI* dlpack = nullptr;  // null with a torch that does not offer it
 };
 Types types;
+
+constexpr int kMaxDims = 8;
+
+struct View {
+  char* data = nullptr;
+  int dtype = -1, dims = 0;
+  int64_t shape[kMaxDims], batch_stride = 0;
+  int64_t batch() const { return dims ? shape[0] : 1; }
+  int64_t inner() const {
+    int64_t n = 1;
+    for (int d = 1; d < dims; d++) n *= shape[d];
+    return n;
+  }
+};
 
 // A new reference that is dropped at the end of the scope.
 struct Ref {
@@ -66,10 +100,10 @@ struct Ref {
 
 struct Call {
   StepArgs args;
-  PyObject* shape = nullptr;  // borrowed from `shape_ref`
-  int64_t numel = 1;
+  View like;  // the first input: every other tensor has its shape
   const char* spans[kMaxInputs + 3][2];
   int readers = 0;
+  int64_t numel() const { return args.batch * args.inner; }
 };
 
 int dtype_code(PyObject* dtype) {
@@ -86,37 +120,81 @@ bool is_true(PyObject* t, const Reader& read) {
 
 int64_t element_size(int dtype) { return dtype == 3 ? 8 : dtype == 0 ? 4 : 2; }
 
-// Reads a plain contiguous CPU tensor of the call's shape into `o`; false if it is anything else.
-bool take_tensor(PyObject* t, Call& call, Operand& o) {
-  if ((PyObject*)Py_TYPE(t) != types.tensor) return false;
+bool view_by_dlpack(PyObject* t, View& v) {
+  DLTensor d;
+  if (types.dlpack->show(t, &d) != 0) return false;
+  if (d.device_type != kDLCpu || d.lanes != 1 || d.ndim > kMaxDims || !d.data) return false;
+  if (d.type_code == kDLFloat) {
+    v.dtype = d.bits == 32 ? 0 : d.bits == 16 ? 2 : d.bits == 64 ? 3 : -1;
+  } else if (d.type_code == kDLBfloat && d.bits == 16) {
+    v.dtype = 1;
+  }
+  if (v.dtype < 0) return false;
+  v.data = static_cast<char*>(d.data) + d.byte_offset;
+  v.dims = d.ndim;
+  int64_t dense = 1;
+  for (int k = d.ndim - 1; k > 0; k--) {
+    v.shape[k] = d.shape[k];
+    if (d.shape[k] != 1 && d.strides && d.strides[k] != dense) return false;
+    dense *= d.shape[k];
+  }
+  if (d.ndim > 0) v.shape[0] = d.shape[0];
+  v.batch_stride = d.ndim > 0 && d.shape[0] > 1 && d.strides ? d.strides[0] : dense;
+  // Views of complex tensors may negate what they show; the last stride gives them away even at size 1.
+  return d.ndim == 0 || !d.strides || d.strides[d.ndim - 1] == 1;
+}
+
+bool view_by_attributes(PyObject* t, View& v) {
   {
     Ref dtype(types.dtype(t));
-    o.dtype = dtype_code(dtype.p);
-    if (o.dtype < 0) return false;
+    v.dtype = dtype_code(dtype.p);
   }
-  {
-    Ref shape(types.shape(t));
-    if (!shape.p || PyObject_RichCompareBool(shape.p, call.shape, Py_EQ) != 1) return false;
-  }
-  if (is_true(t, types.requires_grad) || !is_true(t, types.is_cpu) || !is_true(t, types.is_contiguous)) return false;
+  if (v.dtype < 0 || !is_true(t, types.is_cpu) || !is_true(t, types.is_contiguous)) return false;
+  Ref shape(types.shape(t));
+  if (!shape.p || !PyTuple_Check(shape.p) || PyTuple_GET_SIZE(shape.p) > kMaxDims) return false;
+  v.dims = (int)PyTuple_GET_SIZE(shape.p);
+  for (int d = 0; d < v.dims; d++) v.shape[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.p, d));
+  v.batch_stride = v.inner();
   Ref address(types.data_ptr(t));
   if (!address.p) return false;
-  o.data = static_cast<char*>(PyLong_AsVoidPtr(address.p));
-  o.batch_stride = call.args.inner;
-  return o.data != nullptr;
+  v.data = static_cast<char*>(PyLong_AsVoidPtr(address.p));
+  return v.data != nullptr;
+}
+
+// A CPU tensor of floating numbers, contiguous within each sample, that no gradient is asked of.
+bool view(PyObject* t, View& v) {
+  if ((PyObject*)Py_TYPE(t) != types.tensor || is_true(t, types.requires_grad)) return false;
+  return types.dlpack ? view_by_dlpack(t, v) : view_by_attributes(t, v);
+}
+
+void to_operand(const View& v, Operand& o) {
+  o.data = v.data;
+  o.dtype = v.dtype;
+  o.batch_stride = v.batch_stride;
+}
+
+bool same_shape(const View& v, const View& w) {
+  return v.dims == w.dims && std::equal(v.shape, v.shape + v.dims, w.shape);
+}
+
+void add_reader(const View& v, Call& call, Operand& o) {
+  to_operand(v, o);
+  call.spans[call.readers][0] = v.data;
+  call.spans[call.readers++][1] =
+      v.data + ((call.args.batch - 1) * v.batch_stride + call.args.inner) * element_size(v.dtype);
 }
 
 bool take_reader(PyObject* t, Call& call, Operand& o) {
   if (t == Py_None) return true;
-  if (!take_tensor(t, call, o)) return false;
-  call.spans[call.readers][0] = o.data;
-  call.spans[call.readers++][1] = o.data + call.numel * element_size(o.dtype);
+  View v;
+  if (!view(t, v) || !same_shape(v, call.like)) return false;
+  add_reader(v, call, o);
   return true;
 }
 
 // An output given by the caller may be a reader exactly, or be apart from all of them.
 bool clear_of_readers(const Operand& o, const Call& call) {
-  const char *low = o.data, *high = o.data + call.numel * element_size(o.dtype);
+  const char *low = o.data, *high = o.data + call.numel() * element_size(o.dtype);
   for (int i = 0; i < call.readers; i++) {
     const char *a = call.spans[i][0], *b = call.spans[i][1];
     if (b <= low || high <= a || (a == low && b == high)) continue;
@@ -145,30 +223,13 @@ bool take_number(PyObject* value, double& to) {
   return std::isfinite(to);
 }
 
-bool take_shape(PyObject* first, Call& call, PyObject*& held) {
-  held = types.shape(first);
-  if (!held || !PyTuple_Check(held)) return false;
-  call.shape = held;
-  const Py_ssize_t dims = PyTuple_GET_SIZE(held);
-  for (Py_ssize_t d = 0; d < dims; d++) {
-    const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(held, d));
-    call.numel *= size;
-    if (d == 0) {
-      call.args.batch = size;
-    } else {
-      call.args.inner *= size;
-    }
-  }
-  return call.numel > 0;
-}
-
 enum Argument {
   kInputs, kTable, kStep, kUncond, kGuidance, kRescale, kClip, kThresholdArg, kLogVariance, kNoise, kGenerator, kSeed,
   kStream, kOffset, kDtype, kOut, kSecondOut, kArguments
 };
 
 // Everything but the outputs; false leaves the call to the checked path.
-bool read_arguments(PyObject* const* v, Call& call, PyObject*& shape, int& flags) {
+bool read_arguments(PyObject* const* v, Call& call, int& flags) {
   StepArgs& a = call.args;
   if (v[kThresholdArg] != Py_None || v[kGenerator] != Py_None) return false;
   PyObject* inputs = v[kInputs];
@@ -176,12 +237,16 @@ bool read_arguments(PyObject* const* v, Call& call, PyObject*& shape, int& flags
   const Py_ssize_t n = PySequence_Fast_GET_SIZE(inputs);
   if (n < 1 || n > kMaxInputs) return false;
   PyObject** tensors = PySequence_Fast_ITEMS(inputs);
-  if ((PyObject*)Py_TYPE(tensors[0]) != types.tensor || !take_shape(tensors[0], call, shape)) return false;
+  if (!view(tensors[0], call.like)) return false;
+  a.batch = call.like.batch();
+  a.inner = call.like.inner();
+  if (call.numel() <= 0) return false;
   a.inputs = (int)n;
-  for (Py_ssize_t i = 0; i < n; i++) {
-    if (!take_reader(tensors[i], call, a.x[i]) || !a.x[i].data) return false;
-    a.float64 |= a.x[i].dtype == 3;
+  add_reader(call.like, call, a.x[0]);
+  for (Py_ssize_t i = 1; i < n; i++) {
+    if (tensors[i] == Py_None || !take_reader(tensors[i], call, a.x[i])) return false;
   }
+  for (Py_ssize_t i = 0; i < n; i++) a.float64 |= a.x[i].dtype == 3;
 
   if ((PyObject*)Py_TYPE(v[kTable]) != types.table) return false;
   Ref host(PyObject_GetAttr(v[kTable], types.host));
@@ -246,43 +311,42 @@ bool read_arguments(PyObject* const* v, Call& call, PyObject*& shape, int& flags
 }
 
 // A given output, or a new one like the first input. Returns a new reference, or null for the checked path.
-PyObject* take_output(PyObject* given, PyObject* first, int first_dtype, Call& call, Operand& o) {
+PyObject* take_output(PyObject* given, PyObject* first, Call& call, Operand& o) {
+  PyObject* output = given;
   if (given != Py_None) {
-    if (!take_tensor(given, call, o) || !clear_of_readers(o, call)) return nullptr;
     Py_INCREF(given);
-    return given;
-  }
-  PyObject* made = PyObject_CallOneArg(types.empty_like, first);
-  if (!made) return nullptr;
-  Ref address(types.data_ptr(made));
-  if (!address.p) {
-    Py_DECREF(made);
+  } else if (!(output = PyObject_CallOneArg(types.empty_like, first))) {
     return nullptr;
   }
-  o.data = static_cast<char*>(PyLong_AsVoidPtr(address.p));
-  o.dtype = first_dtype;
-  o.batch_stride = call.args.inner;
-  return made;
+  View v;
+  bool good = view(output, v) && same_shape(v, call.like) && v.batch_stride == call.args.inner;
+  if (good) {
+    to_operand(v, o);
+    good = given == Py_None || clear_of_readers(o, call);
+  }
+  if (good) return output;
+  Py_DECREF(output);
+  return nullptr;
 }
 
-PyObject* run(PyObject* const* v, Call& call, PyObject*& shape) {
+PyObject* run(PyObject* const* v, Call& call) {
   int flags = 0;
-  if (!read_arguments(v, call, shape, flags)) return nullptr;
+  if (!read_arguments(v, call, flags)) return nullptr;
   StepArgs& a = call.args;
   PyObject* first = PySequence_Fast_ITEMS(v[kInputs])[0];
   if (v[kDtype] != Py_None && v[kDtype] != types.dtypes[a.x[0].dtype]) return nullptr;
   if (v[kOut] != Py_None && v[kDtype] != Py_None) return nullptr;
-  Ref out(take_output(v[kOut], first, a.x[0].dtype, call, a.out));
+  Ref out(take_output(v[kOut], first, call, a.out));
   if (!out.p) return nullptr;
-  Ref second((flags & 4) ? take_output(v[kSecondOut], first, a.out.dtype, call, a.second) : nullptr);
+  Ref second((flags & 4) ? take_output(v[kSecondOut], first, call, a.second) : nullptr);
   if (flags & 4) {
     if (!second.p || (v[kSecondOut] == Py_None && a.out.dtype != a.x[0].dtype)) return nullptr;
-    const char *low = a.out.data, *high = low + call.numel * element_size(a.out.dtype);
-    const char *low2 = a.second.data, *high2 = low2 + call.numel * element_size(a.second.dtype);
+    const char *low = a.out.data, *high = low + call.numel() * element_size(a.out.dtype);
+    const char *low2 = a.second.data, *high2 = low2 + call.numel() * element_size(a.second.dtype);
     if (low < high2 && low2 < high) return nullptr;
   }
   // Giving up the interpreter lock costs as much as a very small step.
-  if (call.numel > 32 * 1024) {
+  if (call.numel() > 32 * 1024) {
     Py_BEGIN_ALLOW_THREADS;
     sampler_step(a);
     Py_END_ALLOW_THREADS;
@@ -296,11 +360,13 @@ PyObject* run(PyObject* const* v, Call& call, PyObject*& shape) {
 
 PyObject* sampler_step_direct(PyObject*, PyObject* const* v, Py_ssize_t count) {
   if (count != kArguments || !types.tensor) Py_RETURN_NOTIMPLEMENTED;
+  PyObject* ordered = nullptr;
+  if (PyContextVar_Get(types.backend, nullptr, &ordered) < 0) return nullptr;
+  const bool free_choice = ordered == Py_None;
+  Py_XDECREF(ordered);
+  if (!free_choice) Py_RETURN_NOTIMPLEMENTED;
   Call call;
-  PyObject* shape = nullptr;
-  PyObject* result = run(v, call, shape);
-  Py_XDECREF(shape);
-  if (result) return result;
+  if (PyObject* result = run(v, call)) return result;
   // A failed look-up is an unusual argument, which the checked path names.
   PyErr_Clear();
   Py_RETURN_NOTIMPLEMENTED;
@@ -316,9 +382,11 @@ PyMethodDef direct_method = {"sampler_step_direct", (PyCFunction)(void (*)(void)
 void register_direct(pybind11::module_& module) {
   module.def(
       "direct_setup",
-      [](pybind11::object tensor, pybind11::object table, pybind11::object empty_like, pybind11::list dtypes) {
+      [](pybind11::object tensor, pybind11::object table, pybind11::object empty_like, pybind11::object backend,
+         pybind11::list dtypes) {
         types.table = table.release().ptr();
         types.empty_like = empty_like.release().ptr();
+        types.backend = backend.release().ptr();
         for (int i = 0; i < 4; i++) types.dtypes[i] = pybind11::object(dtypes[i]).release().ptr();
         types.host = PyUnicode_InternFromString("_host");
         types.dtype.bind(tensor.ptr(), "dtype", false);
@@ -327,9 +395,16 @@ void register_direct(pybind11::module_& module) {
         types.is_cpu.bind(tensor.ptr(), "is_cpu", false);
         types.is_contiguous.bind(tensor.ptr(), "is_contiguous", true);
         types.data_ptr.bind(tensor.ptr(), "data_ptr", true);
+        if (pybind11::hasattr(tensor, "__dlpack_c_exchange_api__")) {
+          PyObject* capsule = tensor.attr("__dlpack_c_exchange_api__").ptr();
+          const void* found = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+          if (!found) PyErr_Clear();
+          types.dlpack = static_cast<const DLPackExchangeAPI*>(found);
+          if (types.dlpack && (types.dlpack->major != 1 || !types.dlpack->show)) types.dlpack = nullptr;
+        }
         types.tensor = tensor.release().ptr();
       },
-      "Tell the module torch.Tensor, StepTable, torch.empty_like and [float32, bfloat16, float16, float64].");
+      "Tell the module torch.Tensor, StepTable, torch.empty_like, the context variable of the backend and [float32, bfloat16, float16, float64].");
   PyObject* function = PyCFunction_NewEx(&direct_method, nullptr, nullptr);
   module.add_object("sampler_step_direct", pybind11::reinterpret_steal<pybind11::object>(function));
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextvars import ContextVar
 from types import SimpleNamespace
 
 import torch
@@ -15,13 +16,13 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 
 
 @functools.cache
-def bind(module) -> SimpleNamespace:
-    """The family's ops over one native module."""
+def bind(module, override: ContextVar) -> SimpleNamespace:
+    """The family's ops over one native module; ``override`` holds the backend that was ordered, or None."""
     if not hasattr(module, "sampler_step_direct"):
         from genfast.native import sampler_step_cuda
 
         return sampler_step_cuda.bind(module)
-    module.direct_setup(torch.Tensor, StepTable, torch.empty_like, list(DTYPE_CODES))
+    module.direct_setup(torch.Tensor, StepTable, torch.empty_like, override, list(DTYPE_CODES))
     return SimpleNamespace(
         sampler_step=functools.partial(_sampler_step, module), sampler_step_direct=module.sampler_step_direct
     )

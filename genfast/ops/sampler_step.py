@@ -10,12 +10,13 @@ from torch import Tensor
 
 from genfast import profiling
 from genfast._registry import export
-from genfast.backends import choose, direct
+from genfast.backends import HotPath, choose
 from genfast.random import signed64
 from genfast.reference.sampler_step import sampler_step as reference_step
 from genfast.step_table import StepTable
 
 FAMILY = "sampler_step"
+_hot_path = HotPath(FAMILY, "sampler_step")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -94,9 +95,9 @@ def sampler_step(
     Source: the samplers' papers; the linear form is derived in ``genfast/samplers/table.py``.
     """
     compiling = torch.compiler.is_compiling()
-    if not (compiling or profiling.enabled):
+    if not compiling:
         # One native call for the plain case; everything else, and every error, goes through the checks below.
-        result = direct(FAMILY, "sampler_step")(
+        result = _hot_path.run(
             inputs,
             table,
             step,
@@ -188,6 +189,8 @@ def sampler_step(
         stream=stream,
         offset=offset,
     )
+    # A lazily negated view (the imaginary part of a conjugate) would be read without its sign.
+    options.update({k: v.resolve_neg() for k, v in options.items() if isinstance(v, Tensor) and v.is_neg()})
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (*inputs, uncond, log_variance, noise)
     )
@@ -295,12 +298,14 @@ def _checked_inputs(inputs, out) -> list[Tensor]:
         if not isinstance(t, Tensor):
             raise TypeError(f"inputs[{i}] must be a tensor, got {type(t).__name__}")
         _check_like(f"inputs[{i}]", t, inputs[0])
-    return inputs
+    return [t.resolve_neg() for t in inputs]
 
 
 def _check_like(name: str, t, like: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be one of {_names(FLOATS)}; got {str(t.dtype).removeprefix('torch.')}")
     if t.shape != like.shape:
@@ -311,6 +316,8 @@ def _check_like(name: str, t, like: Tensor) -> None:
 
 def _check_output(name: str, t, like: Tensor) -> None:
     _check_like(name, t, like)
+    if t.is_neg():
+        raise ValueError(f"{name} is a lazily negated view; nothing can be written through it")
     if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride())):
         raise ValueError(f"{name} is an expanded tensor: several of its elements share one place in memory")
 
