@@ -244,7 +244,9 @@ def _demangled(name: str) -> str:
     tool = shutil.which("c++filt")
     if tool is None:
         return name
-    return subprocess.run([tool, name], capture_output=True, text=True).stdout.strip().split("(", 1)[0]
+    full = subprocess.run([tool, name], capture_output=True, text=True).stdout.strip()
+    short = full.removeprefix("void ").replace("(anonymous namespace)::", "").replace("genfast::", "")
+    return short.split("(StepArgs", 1)[0].split("(double", 1)[0].split("(Selection", 1)[0]
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

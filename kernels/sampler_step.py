@@ -342,7 +342,7 @@ def sampler_step(
     precision = tl.float64 if compute == torch.float64 else tl.float32
     x0 = NO_X0 if not table.has_x0 else CLIP if clip else THRESHOLD if threshold else PLAIN
     low, high = clip or (0.0, 0.0)
-    block = _step_block(source, operands)
+    block = _step_block(source, operands, len(inputs))
     tiles = -(-inner // block)
     factors = limits = None
     with _on_device(out):
@@ -374,15 +374,17 @@ def _on_device(out: Tensor):
     return contextlib.nullcontext()
 
 
-def _step_block(source: int, operands) -> int:
-    """Elements per program of 128 threads: full 16-byte accesses, and for mixed widths as many of each per thread.
+def _step_block(source: int, operands, inputs: int) -> int:
+    """Elements per program of 128 threads: 8 per thread, so that a thread has two 16-byte accesses in flight.
 
-    With 4 elements per thread of every tensor no value has to change threads through shared memory.
+    4 where the widths differ: then a thread loads the same elements of every tensor, and no value has to change
+    threads through shared memory. And 4 where many inputs keep enough loads in flight, and registers busy. Philox
+    blocks come four elements at a time, in four sub-tiles.
     """
     if source == PHILOX:
         return 2 * BLOCK
     widths = {t.element_size() for t in operands if t is not None}
-    return BLOCK if len(widths) == 1 else BLOCK // 2
+    return BLOCK if len(widths) == 1 and inputs <= 4 else BLOCK // 2
 
 
 def _rescale_factors(cond, cond_stride, uncond, uncond_stride, batch, rescale, shared, compute, precision) -> Tensor:

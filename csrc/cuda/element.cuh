@@ -129,10 +129,14 @@ __device__ __forceinline__ void load(C (&to)[V], const Operand& o, int64_t e, in
     load_as<D>(to, o.data, e, count, wide);
   } else {
     switch (o.dtype) {
-      case kFloat32: return load_as<kFloat32>(to, o.data, e, count, wide);
-      case kBFloat16: return load_as<kBFloat16>(to, o.data, e, count, wide);
-      case kFloat16: return load_as<kFloat16>(to, o.data, e, count, wide);
-      default: return load_as<kFloat64>(to, o.data, e, count, wide);
+      case kFloat32:
+        return load_as<kFloat32>(to, o.data, e, count, wide);
+      case kBFloat16:
+        return load_as<kBFloat16>(to, o.data, e, count, wide);
+      case kFloat16:
+        return load_as<kFloat16>(to, o.data, e, count, wide);
+      default:
+        return load_as<kFloat64>(to, o.data, e, count, wide);
     }
   }
 }
@@ -143,10 +147,14 @@ __device__ __forceinline__ void store(const C (&from)[V], const Operand& o, int6
     store_as<D>(from, o.data, e, count, wide);
   } else {
     switch (o.dtype) {
-      case kFloat32: return store_as<kFloat32>(from, o.data, e, count, wide);
-      case kBFloat16: return store_as<kBFloat16>(from, o.data, e, count, wide);
-      case kFloat16: return store_as<kFloat16>(from, o.data, e, count, wide);
-      default: return store_as<kFloat64>(from, o.data, e, count, wide);
+      case kFloat32:
+        return store_as<kFloat32>(from, o.data, e, count, wide);
+      case kBFloat16:
+        return store_as<kBFloat16>(from, o.data, e, count, wide);
+      case kFloat16:
+        return store_as<kFloat16>(from, o.data, e, count, wide);
+      default:
+        return store_as<kFloat64>(from, o.data, e, count, wide);
     }
   }
 }

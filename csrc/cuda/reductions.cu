@@ -230,9 +230,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class C, class N>
-__global__ void __launch_bounds__(kThreads)
-    limit_kernel(const Selection<C, N>* selections, C* limits, int64_t below, int64_t above, double weight,
-                 double most) {
+__global__ void __launch_bounds__(kThreads) limit_kernel(const Selection<C, N>* selections, C* limits, int64_t below,
+                                                         int64_t above, double weight, double most) {
   const Selection<C, N>& s = selections[blockIdx.x];
   const Pair p = narrow_down(s, kPasses<C>, below, above);
   if (threadIdx.x) return;
@@ -279,8 +278,8 @@ int64_t partials_bytes(int64_t batch, int64_t inner) { return batch * parts_of(i
 
 int64_t selection_bytes(int64_t batch, int64_t inner, bool float64) {
   const size_t narrow = float64 ? sizeof(Selection<double, uint32_t>) : sizeof(Selection<float, uint32_t>);
-  const size_t wide = float64 ? sizeof(Selection<double, unsigned long long>)
-                              : sizeof(Selection<float, unsigned long long>);
+  const size_t wide =
+      float64 ? sizeof(Selection<double, unsigned long long>) : sizeof(Selection<float, unsigned long long>);
   return batch * (int64_t)(is_wide(inner) ? wide : narrow);
 }
 

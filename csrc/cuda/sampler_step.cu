@@ -133,8 +133,7 @@ __device__ __forceinline__ void process(const StepArgs& a, const Numbers<C>& k, 
       C extra[V];
       load<S::model>(extra, a.log_variance, sample * a.log_variance.batch_stride + e, count, wide);
 #pragma unroll
-      for (int i = 0; i < V; i++)
-        z[i] = mul(z[i], exponential(add(log_std[0], mul(log_std[1], extra[i]))));
+      for (int i = 0; i < V; i++) z[i] = mul(z[i], exponential(add(log_std[0], mul(log_std[1], extra[i]))));
     }
 #pragma unroll
     for (int i = 0; i < V; i++) {
@@ -148,10 +147,13 @@ __device__ __forceinline__ void process(const StepArgs& a, const Numbers<C>& k, 
 
 // Blocks per multiprocessor that the registers must leave room for: as many as fit without a spill.
 template <class S, bool PHILOX>
-constexpr int kResident = PHILOX ? 4 : S::vector > 4 ? 5 : 8;
+constexpr int kResident = PHILOX          ? 4
+                          : S::vector > 4 ? 5
+                                          : 8;
 
 template <class C, class S, bool PHILOX>
-__global__ void __launch_bounds__(kThreads, kResident<S, PHILOX>) step_kernel(const __grid_constant__ StepArgs a, uint32_t tiles, bool wide) {
+__global__ void __launch_bounds__(kThreads, kResident<S, PHILOX>)
+    step_kernel(const __grid_constant__ StepArgs a, uint32_t tiles, bool wide) {
   constexpr int V = S::vector;
   const int64_t sample = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   int64_t index;
@@ -200,8 +202,7 @@ void launch(const StepArgs& a, cudaStream_t stream) {
   constexpr int V = S::vector;
   bool wide = true;
   for (int i = 0; i < a.inputs; i++) wide &= is_aligned(a.x[i], V, a.batch);
-  for (const Operand* o : {&a.uncond, &a.log_variance, &a.noise, &a.out, &a.second})
-    wide &= is_aligned(*o, V, a.batch);
+  for (const Operand* o : {&a.uncond, &a.log_variance, &a.noise, &a.out, &a.second}) wide &= is_aligned(*o, V, a.batch);
   // A Philox block is four elements, in units of whole groups of 16 blocks.
   const int64_t units = PHILOX ? (a.inner + 63) / 64 * 16 / V : (a.inner + V - 1) / V;
   const int64_t tiles = (units + kThreads - 1) / kThreads, grid = tiles * a.batch;

@@ -31,14 +31,14 @@ struct StepArgs {
   const int64_t* step;      // the row of sample b is step[b * row_stride], or,
   int64_t row, row_stride;  // where step is null, row + b * row_stride
 
-  double guidance;           // of every sample, where guidances is null
-  const double* guidances;   // [b * guidance_stride]
+  double guidance;          // of every sample, where guidances is null
+  const double* guidances;  // [b * guidance_stride]
   int64_t guidance_stride;
   double rescale;  // 0: none
 
-  double low, high;      // clip
-  int64_t below;         // threshold: rank of the order statistic below the quantile,
-  double weight, most;   // weight of the one above, largest threshold
+  double low, high;     // clip
+  int64_t below;        // threshold: rank of the order statistic below the quantile,
+  double weight, most;  // weight of the one above, largest threshold
 
   const int64_t* seeds;  // [b * seed_stride], or null for `seed`
   int64_t seed, seed_stride;
