@@ -224,8 +224,24 @@ bool take_number(PyObject* value, double& to) {
 }
 
 enum Argument {
-  kInputs, kTable, kStep, kUncond, kGuidance, kRescale, kClip, kThresholdArg, kLogVariance, kNoise, kGenerator, kSeed,
-  kStream, kOffset, kDtype, kOut, kSecondOut, kArguments
+  kInputs,
+  kTable,
+  kStep,
+  kUncond,
+  kGuidance,
+  kRescale,
+  kClip,
+  kThresholdArg,
+  kLogVariance,
+  kNoise,
+  kGenerator,
+  kSeed,
+  kStream,
+  kOffset,
+  kDtype,
+  kOut,
+  kSecondOut,
+  kArguments
 };
 
 // Everything but the outputs; false leaves the call to the checked path.
@@ -286,7 +302,8 @@ bool read_arguments(PyObject* const* v, Call& call, int& flags) {
     a.limit = kClip;
   }
 
-  if ((v[kLogVariance] != Py_None) != a.has_log_std || !take_reader(v[kLogVariance], call, a.log_variance)) return false;
+  if ((v[kLogVariance] != Py_None) != a.has_log_std || !take_reader(v[kLogVariance], call, a.log_variance))
+    return false;
   if (!take_reader(v[kNoise], call, a.noise)) return false;
   if (v[kSeed] != Py_None) {
     int64_t stream, offset;
@@ -404,7 +421,8 @@ void register_direct(pybind11::module_& module) {
         }
         types.tensor = tensor.release().ptr();
       },
-      "Tell the module torch.Tensor, StepTable, torch.empty_like, the context variable of the backend and [float32, bfloat16, float16, float64].");
+      "Tell the module torch.Tensor, StepTable, torch.empty_like, the context variable of the backend and [float32, "
+      "bfloat16, float16, float64].");
   PyObject* function = PyCFunction_NewEx(&direct_method, nullptr, nullptr);
   module.add_object("sampler_step_direct", pybind11::reinterpret_steal<pybind11::object>(function));
 }

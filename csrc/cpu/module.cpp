@@ -114,9 +114,8 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
              py::arg("noise"), py::arg("out"), py::arg("second"), py::arg("batch"), py::arg("inner"), py::arg("sizes"),
              py::arg("float64"), py::arg("table"), py::arg("rows"), py::arg("row"), py::arg("steps"),
              py::arg("step_count"), py::arg("has_x0"), py::arg("has_log_std"), py::arg("guidance"),
-             py::arg("guidances"), py::arg("guidance_count"), py::arg("rescale"), py::arg("clip"),
-             py::arg("threshold"), py::arg("seed"), py::arg("seeds"), py::arg("seed_per_sample"), py::arg("stream"),
-             py::arg("offset"));
+             py::arg("guidances"), py::arg("guidance_count"), py::arg("rescale"), py::arg("clip"), py::arg("threshold"),
+             py::arg("seed"), py::arg("seeds"), py::arg("seed_per_sample"), py::arg("stream"), py::arg("offset"));
   module.def("philox_words", &words, py::arg("seed"), py::arg("block"), py::arg("sample"), py::arg("stream"),
              py::arg("out"), "The words of blocks [block, block + 16) as uint32 [4, 16] at address `out`.");
   register_direct(module);

@@ -14,9 +14,9 @@ struct PhiloxKey {
   uint32_t sample, stream;
 };
 
-// Words of blocks [block, block + kLanes), `block` a multiple of kLanes. A 32-bit word lives in the low half of a 64-bit
-// lane, because the multiplier reads just that half: a product's low word needs no masking, its high word is one shift,
-// and no lane is ever shuffled until the end.
+// Words of blocks [block, block + kLanes), `block` a multiple of kLanes. A 32-bit word lives in the low half of a
+// 64-bit lane, because the multiplier reads just that half: a product's low word needs no masking, its high word is one
+// shift, and no lane is ever shuffled until the end.
 inline void philox_words(const PhiloxKey& key, uint64_t block, vu w[4]) {
   constexpr int kHalf = kLanes / 2;
   vq c0[2], c1[2], c2[2], c3[2], lane{};

@@ -23,10 +23,10 @@
 namespace genfast {
 namespace {
 
-constexpr int64_t kTile = 512;                  // elements; a multiple of kGroup, and ten buffers fit L1
-constexpr int64_t kPlainTile = 16 * kTile;      // when nothing is buffered: just the unit of work for a thread
-constexpr int64_t kGrain = 24 * 1024;           // elements that pay for another thread
-constexpr int64_t kMomentChunk = 16 * kTile;    // fixed, so that sums do not depend on the number of threads
+constexpr int64_t kTile = 512;                // elements; a multiple of kGroup, and ten buffers fit L1
+constexpr int64_t kPlainTile = 16 * kTile;    // when nothing is buffered: just the unit of work for a thread
+constexpr int64_t kGrain = 24 * 1024;         // elements that pay for another thread
+constexpr int64_t kMomentChunk = 16 * kTile;  // fixed, so that sums do not depend on the number of threads
 constexpr int kMaxTerms = kMaxInputs + 2;
 
 template <class C>
@@ -137,8 +137,9 @@ using Combine = void (*)(const C* const*, const C*, const C*, C*, C*, int64_t);
 template <class C, bool SECOND>
 Combine<C> combine_for(int terms) {
   static constexpr Combine<C> table[kMaxTerms] = {
-      combine<C, 1, SECOND>, combine<C, 2, SECOND>, combine<C, 3, SECOND>, combine<C, 4, SECOND>, combine<C, 5, SECOND>,
-      combine<C, 6, SECOND>, combine<C, 7, SECOND>, combine<C, 8, SECOND>, combine<C, 9, SECOND>, combine<C, 10, SECOND>,
+      combine<C, 1, SECOND>, combine<C, 2, SECOND>,  combine<C, 3, SECOND>, combine<C, 4, SECOND>,
+      combine<C, 5, SECOND>, combine<C, 6, SECOND>,  combine<C, 7, SECOND>, combine<C, 8, SECOND>,
+      combine<C, 9, SECOND>, combine<C, 10, SECOND>,
   };
   return table[terms - 1];
 }
@@ -454,8 +455,7 @@ class Step {
     int64_t candidates = 0;
     for (size_t k = (size_t)(infinity >> shift); k < top.size(); k++) candidates += top[k];
     if (candidates == 0) return false;
-    Bits largest = reduce(
-        b, threads, Bits(0), [](Bits m, Bits u) { return u > m ? u : m; });
+    Bits largest = reduce(b, threads, Bits(0), [](Bits m, Bits u) { return u > m ? u : m; });
     return largest > infinity;
   }
 
