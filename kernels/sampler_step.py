@@ -129,7 +129,7 @@ def _tile(
 
 @triton.jit(
     do_not_specialize=[
-        "row", "row_stride", "rows", "guidance_stride", "seed_low", "seed_high", "seed_stride", "stream", "offset",
+        "row", "row_stride", "rows", "guidance_stride", "seed_low", "seed_high", "seed_stride", "draw", "offset",
         "tiles",
     ]
 )  # fmt: skip
@@ -162,7 +162,7 @@ def step_kernel(
     seed_low,
     seed_high,
     seed_stride,
-    stream,
+    draw,  # the stream; Triton keeps that name for itself
     offset,
     inner,
     tiles,
@@ -235,11 +235,11 @@ def step_kernel(
             k0, k1 = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
         # A seed of its own makes a row the first sample of that seed.
         counter = offset.to(tl.uint32, bitcast=True) + (sample * (1 - seed_stride)).to(tl.uint32)
-        draw = stream.to(tl.uint32, bitcast=True)
+        stream = draw.to(tl.uint32, bitcast=True)
         if STEP_TENSOR:
-            draw += r.to(tl.uint32)
+            stream += r.to(tl.uint32)
         blocks = tl.arange(0, BLOCK // 4)
-        w = block_words(k0, k1, start // 4, blocks, counter, draw)
+        w = block_words(k0, k1, start // 4, blocks, counter, stream)
         first = (blocks // 16) * 64 + blocks % 16
         for pair in tl.static_range(2):
             z = normal_pair(w[2 * pair], w[2 * pair + 1])
@@ -359,7 +359,7 @@ def sampler_step(
             log_variance_stride=log_variance_stride, noise=noise, noise_stride=noise_stride, out=first,
             out_stride=out_stride, second=second, second_stride=second_stride, low=low, high=high, factors=factors,
             limits=limits, seeds=seeds, seed_low=seed_low, seed_high=seed_high, seed_stride=seed_stride,
-            stream=_int32(stream), offset=_int32(offset), tiles=tiles, INPUTS=len(inputs), NOISE=source, X0=x0,
+            draw=_int32(stream), offset=_int32(offset), tiles=tiles, INPUTS=len(inputs), NOISE=source, X0=x0,
             RESCALE=rescale, LOG_STD=log_variance is not None, SECOND=table.has_second,
             STEP_TENSOR=step_tensor is not None, SEED_TENSOR=seeds is not None, COMPUTE=precision, BLOCK=block,
             **shared, **EXACT,

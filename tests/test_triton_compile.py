@@ -1,5 +1,7 @@
 """Ahead-of-time compilation of the Triton kernels for GPUs that this machine need not have."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -12,7 +14,9 @@ if backends.interpreting():
 
 from benchmarks import compile_report
 from genfast.kernels import configurations
-from genfast.kernels.sampler_step import sampler_step
+from genfast.kernels.guidance import moments_kernel, rescale_kernel
+from genfast.kernels.sampler_step import sampler_step, step_kernel
+from genfast.kernels.threshold import histogram_kernel, limit_kernel
 
 
 def compile_without_spills(cases, dtypes):
@@ -107,3 +111,46 @@ def test_extra_memory_is_a_few_kilobytes_per_sample():
     finally:
         torch.empty, torch.zeros = empty, zeros
     assert 0 < allocated <= 4 * 20_000
+
+
+class DriverWithoutGpu:
+    """What Triton's launcher asks its driver before it compiles."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def warm_up_only(monkeypatch):
+    """Launches go through Triton's own path, argument binding and compilation, and stop before the GPU."""
+    import triton
+
+    run = triton.JITFunction.run
+    compiled = []
+
+    def warm_up(kernel, *args, grid, warmup, **kwargs):
+        compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+
+    monkeypatch.setattr(triton.JITFunction, "run", warm_up)
+    monkeypatch.setattr(triton.runtime.driver, "_active", DriverWithoutGpu())
+    for kernel in (step_kernel, moments_kernel, rescale_kernel, histogram_kernel, limit_kernel):
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    return compiled
+
+
+@pytest.mark.parametrize("name", compile_report.QUICK_CASES + ("randn",))
+def test_the_launcher_compiles_what_the_report_compiles(name, warm_up_only):
+    case = next(case for case in configurations.CASES if case.name == name)
+    (inputs, table), options = configurations.arguments(case, "fp32+bf16", device="cpu")
+    sampler_step(inputs, table, **options)
+    recorded = compile_report.triton_launches([name], ["fp32+bf16"]).values()
+    reported = {compile_report.compile_launch(launch, "sm_90").asm["ptx"] for _, launch in recorded}
+    assert {kernel.asm["ptx"] for kernel in warm_up_only} == reported
