@@ -206,7 +206,7 @@ def cuda_rows(source: Path, nvcc: str, targets=NVIDIA) -> list[Row]:
     """Compile one file for all targets; one row per kernel and target."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC",
+            nvcc, "-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "-Xcompiler", "-fPIC",
             "-I", str(ROOT / "csrc"), "--threads", "0",
             *(f"-gencode=arch=compute_{t[3:]},code={t}" for t in targets),
             "-c", str(source), "-o", str(Path(folder, "out.o")),
