@@ -13,10 +13,13 @@ import torch
 
 import genfast
 from genfast import backends
-from genfast.random import reference_normal
+from genfast.random import philox_words, reference_normal
 from genfast.reference.sampler_step import sampler_step as reference
 from genfast.step_table import StepTable
 
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+block_words = pytest.importorskip("genfast.kernels.philox").block_words
 libtriton = pytest.importorskip("triton._C.libtriton")
 
 HAS_GPU = torch.cuda.is_available()
@@ -290,6 +293,28 @@ class TestPhilox:
         step = torch.tensor([0, 2], device=DEVICE)
         got = genfast.sampler_step(x, table, step=step, seed=1, stream=5)
         assert torch.equal(got, reference_normal(2, 100, 1, step + 5, device=DEVICE))
+
+
+@triton.jit
+def words_kernel(out, tile, LANES: tl.constexpr):
+    lane = tl.arange(0, LANES)
+    key = tl.full((), 7, tl.uint32)
+    words = block_words(key, key, tile.to(tl.int64) * LANES, lane, key, key)
+    for i in tl.static_range(4):
+        tl.store(out + i * LANES + lane, words[i].to(tl.int64))
+
+
+def test_blocks_past_32_bits():
+    """Elements past 2^34 of one sample, which no test can afford to hold in memory."""
+    for block in (0, 2**31, 2**32 - 64, 2**32, 5 * 2**32 + 128):
+        out = torch.empty(4, 64, dtype=torch.int64, device=DEVICE)
+        words_kernel[(1,)](out, block // 64, LANES=64)
+        blocks = torch.arange(block, block + 64)
+        want = philox_words(torch.tensor(7 + (7 << 32)), blocks, torch.tensor(7), torch.tensor(7))
+        assert torch.equal(out.cpu(), torch.stack(want))
+
+
+test_blocks_past_32_bits.__test__ = RUNS_HERE
 
 
 class TestThreshold:
