@@ -280,7 +280,8 @@ def sampler_step(
     """Fill ``out`` (and ``second_out``). The arguments are those of :func:`genfast.sampler_step`, already checked.
 
     A tensor whose samples are not one dense run in the order of the others goes through a contiguous copy; with
-    Philox noise, or if it is the only one, that order is row-major. Reductions use at most 17 KB per sample (double in float64).
+    Philox noise that order is row-major. Reductions use at most 17 KB per sample of fewer than 2^31 elements, 25 KB in
+    float64.
     """
     count = out.numel()
     if count == 0:

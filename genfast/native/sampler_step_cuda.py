@@ -41,8 +41,8 @@ def _sampler_step(
     """Fill ``out`` (and ``second_out``) on the current stream of their device, without a synchronisation.
 
     A tensor whose samples are not one dense run in the order of the others goes through a contiguous copy; with
-    Philox noise that order is row-major. Reductions use at most 17 KB per sample (double in float64), from torch's allocator, so that a
-    captured CUDA graph owns them.
+    Philox noise that order is row-major. Reductions use at most 17 KB per sample of fewer than 2^31 elements, 25 KB in
+    float64, from torch's allocator, so that a captured CUDA graph owns them.
     """
     count = out.numel()
     if count == 0:
