@@ -1,0 +1,107 @@
+"""Time and memory of a call: interleaved rounds, medians of pairs, peak of what was allocated."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+SHORTEST_SAMPLE = 200e-6
+"""Seconds: shorter calls are timed several at once, so that the clock's own cost is below a permille."""
+
+Run = Callable[[int], object]
+"""A call under test. Its argument counts calls: it picks the next inputs of a rotation with it."""
+
+
+def interleave(
+    runs: Sequence[Run], device: torch.device, *, seconds: float, least: int, most: int
+) -> tuple[np.ndarray, int]:
+    """Time calls in turn, A B C A B C ..., in one process, until ``seconds`` are over.
+
+    Every call gets a number of its own, so no run finds in the cache what another has just read.
+
+    Returns:
+        Seconds per call, float64 [runs, rounds], with ``least`` <= rounds <= ``most``; and the next unused number.
+    """
+    turn, calls = 0, []
+    for run in runs:
+        for _ in range(2):
+            run(turn)
+            turn += 1
+        once = _sample(run, device, turn, 1)
+        turn += 1
+        calls.append(max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7))))
+    rounds: list[list[float]] = []
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds
+        while len(rounds) < least or (len(rounds) < most and time.perf_counter() < end):
+            samples = []
+            for run, count in zip(runs, calls):
+                samples.append(_sample(run, device, turn, count) / count)
+                turn += count
+            rounds.append(samples)
+    finally:
+        if collecting:
+            gc.enable()
+    return np.array(rounds).T, turn
+
+
+def _sample(run: Run, device: torch.device, first: int, count: int) -> float:
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for i in range(first, first + count):
+            run(i)
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop) / 1e3
+    begin = time.perf_counter()
+    for i in range(first, first + count):
+        run(i)
+    return time.perf_counter() - begin
+
+
+def paired_ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float, float]:
+    """Median, first and third quartile of the ratios of samples taken in the same round."""
+    low, middle, high = np.percentile(numerator / denominator, (25, 50, 75))
+    return float(middle), float(low), float(high)
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most memory that torch's allocator had handed out during ``call``, beyond what there was before.
+
+    What the call returns is counted, what it was given is not.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    del result
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([0] + [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(held.max())
+
+
+def kernel_launches(call: Callable[[], object]) -> int:
+    """How many kernels ``call`` launches on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+        for event in profiler.events()
+    )
