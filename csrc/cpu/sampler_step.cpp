@@ -167,18 +167,19 @@ class Step {
       : a(args), span(needs_buffers(args) ? kTile : kPlainTile), tiles((args.inner + span - 1) / span) {}
 
   void run() {
-    const int threads = threads_for(a.batch * a.inner * (a.philox ? 2 : 1), kGrain);
-    if (a.uncond.data && a.rescale != 0) measure_deviations(threads);
-    if (a.limit == kThreshold) measure_thresholds(threads);
-    parallel_for(threads, a.batch * tiles, [&](int64_t first, int64_t last) {
-      Buffers<C> buffers;
-      Sample<C> sample;
-      for (int64_t i = first; i < last; i++) {
-        const int64_t b = i / tiles, start = (i - b * tiles) * span;
-        if (b != sample.b) begin(sample, b);
-        tile(sample, start, std::min(span, a.inner - start), buffers);
-      }
-    });
+    const bool deviations = a.uncond.data && a.rescale != 0;
+    if (deviations) factors.assign(a.batch, C(1));
+    if (a.limit == kThreshold) thresholds.assign(a.batch, C(1));
+    // Statistics read a sample before its step does. Large samples are taken one by one, so that the second read finds
+    // them in the cache; small ones all together, since every round costs a start of the threads.
+    const bool one_by_one = (deviations || a.limit == kThreshold) && a.inner >= 2 * kGrain;
+    const int64_t samples = one_by_one ? 1 : a.batch;
+    const int threads = threads_for(samples * a.inner * (a.philox ? 2 : 1), kGrain);
+    for (int64_t b = 0; b < a.batch; b += samples) {
+      if (deviations) measure_deviations(b, samples, threads);
+      if (a.limit == kThreshold) measure_thresholds(b, samples, threads);
+      step(b, samples, threads);
+    }
   }
 
  private:
@@ -194,6 +195,18 @@ class Step {
     };
     for (int i = 0; i < args.inputs; i++) buffered |= !direct(args.x[i]);
     return buffered || !direct(args.noise) || !direct(args.out) || !direct(args.second);
+  }
+
+  void step(int64_t from, int64_t samples, int threads) const {
+    parallel_for(threads, samples * tiles, [&](int64_t first, int64_t last) {
+      Buffers<C> buffers;
+      Sample<C> sample;
+      for (int64_t i = first; i < last; i++) {
+        const int64_t b = from + i / tiles, start = i % tiles * span;
+        if (b != sample.b) begin(sample, b);
+        tile(sample, start, std::min(span, a.inner - start), buffers);
+      }
+    });
   }
 
   int64_t row_of(int64_t b) const {
@@ -332,23 +345,23 @@ class Step {
 
   // f = rescale * std(cond) / std(guided) + 1 - rescale. Sums of shifted values and their squares, in the arithmetic's
   // type within a tile and in double across tiles and chunks, in a fixed order.
-  void measure_deviations(int threads) {
+  void measure_deviations(int64_t from, int64_t samples, int threads) {
     const int64_t chunks = (a.inner + kMomentChunk - 1) / kMomentChunk;
     struct Sums {
       double v[4];
     };
-    std::vector<Sums> partial(a.batch * chunks);
-    parallel_for(threads, a.batch * chunks, [&](int64_t first, int64_t last) {
+    std::vector<Sums> partial(samples * chunks);
+    parallel_for(threads, samples * chunks, [&](int64_t first, int64_t last) {
       Buffers<C> w;
       Sample<C> s;
       for (int64_t i = first; i < last; i++) {
-        const int64_t b = i / chunks, from = (i - b * chunks) * kMomentChunk;
+        const int64_t b = from + i / chunks, begins = i % chunks * kMomentChunk;
         if (b != s.b) begin(s, b);
         C shift_m = *fetch(a.x[1], a, b, 0, 1, w.x[0]), shift_g;
         const C first_u = *fetch(a.uncond, a, b, 0, 1, w.other);
         guide(s, &shift_m, &first_u, 1, &shift_g);
         Sums total{};
-        for (int64_t start = from; start < std::min(from + kMomentChunk, a.inner); start += kTile) {
+        for (int64_t start = begins; start < std::min(begins + kMomentChunk, a.inner); start += kTile) {
           const int64_t n = std::min(kTile, a.inner - start);
           const C *m = fetch(a.x[1], a, b, start, n, w.x[1]), *u = fetch(a.uncond, a, b, start, n, w.other);
           C sums[4][16] = {};
@@ -372,11 +385,10 @@ class Step {
         partial[i] = total;
       }
     });
-    factors.assign(a.batch, C(1));
-    for (int64_t b = 0; b < a.batch; b++) {
+    for (int64_t b = from; b < from + samples; b++) {
       double v[4] = {};
       for (int64_t k = 0; k < chunks; k++) {
-        for (int q = 0; q < 4; q++) v[q] += partial[b * chunks + k].v[q];
+        for (int q = 0; q < 4; q++) v[q] += partial[(b - from) * chunks + k].v[q];
       }
       const double count = (double)a.inner;
       const double var_m = (v[1] - v[0] * v[0] / count) / count, var_g = (v[3] - v[2] * v[2] / count) / count;
@@ -487,19 +499,14 @@ class Step {
     return v;
   }
 
-  void measure_thresholds(int threads) {
-    std::vector<C> found(a.batch, C(1));
-    if (a.inner > 0) {
-      // Many small samples: one thread each. Few large ones: all threads on one sample after the other.
-      if (a.batch >= threads && a.inner < 16 * kGrain) {
-        parallel_for(threads, a.batch, [&](int64_t first, int64_t last) {
-          for (int64_t b = first; b < last; b++) found[b] = quantile(b, 1);
-        });
-      } else {
-        for (int64_t b = 0; b < a.batch; b++) found[b] = quantile(b, threads);
-      }
+  void measure_thresholds(int64_t from, int64_t samples, int threads) {
+    if (samples < threads) {
+      for (int64_t b = from; b < from + samples; b++) thresholds[b] = quantile(b, threads);
+      return;
     }
-    thresholds = std::move(found);
+    parallel_for(threads, samples, [&](int64_t first, int64_t last) {
+      for (int64_t b = from + first; b < from + last; b++) thresholds[b] = quantile(b, 1);
+    });
   }
 };
 
