@@ -22,7 +22,6 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -195,19 +194,13 @@ class Plan:
         return any(f"/{name}/" in target or f"/{name}{SUFFIX}" in target for target in failed)
 
     def info(self, made: dict[str, Path]) -> dict:
-        first = subprocess.run([*self.compiler.split(), "--version"], capture_output=True, text=True).stdout
-        return (
-            {
-                "version": version(),
-                "modules": sorted(made),
-                "missing": self.missing,
-                "compiler": first.splitlines()[0] if first else None,
-                "flags": {name: self.flags[name].replace(f"{ROOT}/", "") for name in made},
-                "sanitize": os.environ.get("GENFAST_SANITIZE", ""),
-            }
-            if self.compiler
-            else {"version": version(), "modules": [], "missing": self.missing}
-        )
+        info = {"version": version(), "modules": sorted(made), "missing": self.missing}
+        if made:
+            first = subprocess.run([*self.compiler.split(), "--version"], capture_output=True, text=True).stdout
+            info["compiler"] = first.splitlines()[0] if first else self.compiler
+            info["flags"] = {name: self.flags[name].replace(f"{ROOT}/", "") for name in made}
+            info["sanitize"] = os.environ.get("GENFAST_SANITIZE", "")
+        return info
 
 
 class BuildNative(build_ext):
@@ -235,11 +228,6 @@ class BuildNative(build_ext):
         return {}
 
 
-class NativeDistribution(Distribution):
-    def has_ext_modules(self) -> bool:
-        return os.environ.get("GENFAST_NATIVE", "1") != "0"
-
-
 setup(
     name="genfast",
     version=version(),
@@ -253,7 +241,6 @@ setup(
     package_data={"genfast": ["_build_info.json", "py.typed"]},
     ext_modules=[Extension("genfast._native", sources=[])],
     cmdclass={"build_ext": BuildNative},
-    distclass=NativeDistribution,
     install_requires=["torch>=2.7", "numpy"],
     extras_require={
         "triton": ["triton>=3.3"],
