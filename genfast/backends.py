@@ -106,7 +106,7 @@ def _choose(family: str, op: str, device: str, ordered: str | None) -> tuple[str
             return name, getattr(_module(name, family), op)
         reasons.append(f"{name}: {why}")
     detail = "; ".join(reasons) if reasons else f"no fused backend runs on {device} tensors"
-    warnings.warn(f"genfast runs {family} through plain PyTorch ({detail}). `genfast doctor` says more.", stacklevel=4)
+    warnings.warn(f"genfast runs {family} through plain PyTorch ({detail}). `genfast doctor` says more.", stacklevel=5)
     return "reference", getattr(_module("reference", family), op)
 
 
