@@ -1,0 +1,9 @@
+"""Whole sampling loops over a user's ``model(x, t)``, built from the one op :func:`genfast.sampler_step`."""
+
+from genfast.samplers.flow import reflow_pairs
+from genfast.samplers.sampler import Sampler, SamplerState, sample
+from genfast.samplers.schedules import noise_schedule
+from genfast.samplers.table import SAMPLERS
+from genfast.samplers.trajectory import Trajectory
+
+__all__ = ["SAMPLERS", "Sampler", "SamplerState", "Trajectory", "noise_schedule", "reflow_pairs", "sample"]
