@@ -61,8 +61,13 @@ def profile(path: str | Path | None = None):
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+        profiler.start()
+        try:
             yield profiler
-        profiler.export_chrome_trace(str(path))
+        finally:
+            # Also after an exception: a script that ends with sys.exit() still leaves its trace.
+            profiler.stop()
+            profiler.export_chrome_trace(str(path))
     finally:
         enable(before)
