@@ -14,6 +14,9 @@ from benchmarks import report
 from benchmarks.harness import Row, Settings, rows
 from genfast.backends import FAMILIES
 
+BUSY = 0.3
+"""Load per core before the start from which the report warns: parallel code waits for its slowest thread."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmarks; the exit code is 0 if all ran, all errors were in bounds and (full runs) all bars met."""
@@ -35,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cuda, but torch finds no GPU here")
     settings = Settings(torch.device(options.device), options.quick)
 
+    load = report.load()
     everything: list[Row] = []
     summaries, messages = [], []
     print(report.header(), flush=True)
@@ -53,8 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         messages.append(report.plot(plot_path(options.plot, family, len(families)), family, measured, settings))
         everything += measured
     print(*(["notes", *report.notes(everything)] if report.notes(everything) else []), *messages, sep="\n")
+    if load is not None and load > BUSY:
+        print(f"other work kept the machine busy before the start (load {load:.2f} per core): times mean little")
     if options.json is not None:
-        report.write_json(options.json, everything, settings, summaries)
+        report.write_json(options.json, everything, settings, summaries, load)
         print(f"rows: {options.json}")
     print(*summaries, sep="\n")
     return 0 if report.passed(everything, settings) else 1

@@ -27,7 +27,7 @@ class Settings:
 
     @property
     def least_rounds(self) -> int:
-        return 3 if self.quick else 7
+        return 3 if self.quick else 5
 
     most_rounds: int = 400
 

@@ -27,10 +27,11 @@ def linear_levels(timesteps: Iterable[int], start: float = 1e-4, end: float = 0.
 
 
 def ddim_step(x: Tensor, eps: Tensor, a: float, s: float, a_next: float, s_next: float, clip: float | None) -> Tensor:
-    """Song et al. 2021, equation 12 with eta = 0; eps follows a clipped x0, as in diffusers and in improved DDPM."""
+    """Song et al. 2021, equation 12 with eta = 0. Where x0 is clipped, eps is what leads from it to x."""
     x0 = (x - s * eps) / a
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
+        eps = (x - a * x0) / s
     return a_next * x0 + s_next * eps
 
 
@@ -120,16 +121,25 @@ def edm_sigmas(steps: int, low: float = 0.002, high: float = 80.0, rho: float = 
     return [*ramp.tolist(), 0.0]
 
 
-def edm_heun_loop(x: Tensor, outputs: Outputs, sigmas: Sequence[float]) -> Tensor:
-    """Heun's method without churn (Karras et al. 2022, algorithm 1); the model predicts x0, in 2 N - 1 calls."""
-    calls = 0
+def edm_heun_loop(
+    x: Tensor, network: Callable[[int, Tensor], Tensor], sigmas: Sequence[float], sigma_data: float = 0.5
+) -> Tensor:
+    """Heun's method without churn on a preconditioned network (Karras et al. 2022, algorithm 1 and table 1).
+
+    ``network(k, scaled)`` is the k-th of 2 N - 1 evaluations of the raw network, on the input scaled by c_in.
+    """
+    calls = itertools.count()
+
+    def denoised(x, sigma):
+        total = sigma**2 + sigma_data**2
+        raw = network(next(calls), x / math.sqrt(total))
+        return sigma_data**2 / total * x + sigma * sigma_data / math.sqrt(total) * raw
+
     for sigma, following in itertools.pairwise(sigmas):
-        slope = (x - outputs(calls)) / sigma
-        calls += 1
+        slope = (x - denoised(x, sigma)) / sigma
         x_next = x + (following - sigma) * slope
         if following > 0:
-            slope_next = (x_next - outputs(calls)) / following
-            calls += 1
+            slope_next = (x_next - denoised(x_next, following)) / following
             x_next = x + (following - sigma) * (0.5 * slope + 0.5 * slope_next)
         x = x_next
     return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import time
@@ -128,6 +129,7 @@ def environment(settings: Settings) -> dict:
         "system": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "instruction_set": backends.cpu_isa(),
         "device": settings.device.type,
         "quick": settings.quick,
@@ -147,11 +149,21 @@ def environment(settings: Settings) -> dict:
     return found
 
 
-def write_json(path: Path, rows: Sequence[Row], settings: Settings, summaries: Sequence[str]) -> None:
+def load() -> float | None:
+    """Processes that wanted to run in the last minute, per core; None where the system does not say."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return None
+
+
+def write_json(
+    path: Path, rows: Sequence[Row], settings: Settings, summaries: Sequence[str], load_before: float | None
+) -> None:
     """All rows with the environment: {"environment": {...}, "rows": [...], "summaries": [...]}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "environment": environment(settings),
+        "environment": environment(settings) | {"load_per_core_before": load_before},
         "rows": [row.to_json() for row in rows],
         "summaries": list(summaries),
     }

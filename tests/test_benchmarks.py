@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -176,6 +177,27 @@ def test_a_package_that_is_not_installed_is_named():
     assert peers.package("numpy") is np
 
 
+def test_a_missing_diffusers_is_named_with_its_bar(monkeypatch):
+    from benchmarks import sampler_step_loops as loops
+
+    monkeypatch.setattr(peers, "version", lambda name: (_ for _ in ()).throw(peers.Missing(f"{name} is not installed")))
+    feed = loops.StandIn((1, 2, 4, 4), 3, CPU)
+    bars = (Bar("ratio", at_least=6),)
+    peer = loops.diffusers_peer(loops.LOOPS[0], [666, 333, 0], CPU, feed, None, bars)
+    assert peer.run is None and peer.missing == "diffusers is not installed" and peer.bars == bars
+
+
+def test_a_peer_with_other_timesteps_is_refused():
+    pytest.importorskip("diffusers")
+    from benchmarks import sampler_step_loops as loops
+
+    feed = loops.StandIn((1, 2, 4, 4), 3, CPU)
+    with pytest.raises(
+        ValueError, match=r"DDIMScheduler steps through \[666, 333, 0\], genfast through \[666, 333, 1\]"
+    ):
+        loops.diffusers_peer(loops.LOOPS[0], [666, 333, 1], CPU, feed, None, ())
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -257,16 +279,28 @@ def test_published_solvers_are_exact_where_the_path_is_straight(loop):
     assert torch.allclose(loop(alpha * data + sigma * eps, lambda k: eps, LEVELS), data, rtol=0, atol=1e-12)
 
 
-def test_published_euler_and_heun_are_exact_where_the_path_is_straight():
+def test_published_euler_is_exact_where_the_path_is_straight():
     data, eps = draws(2)
     alpha, sigma = LEVELS[0]
     start = data + sigma / alpha * eps
     assert torch.allclose(published.euler_loop(start, lambda k: eps, LEVELS), data, rtol=0, atol=1e-9)
-    asked = []
+
+
+def test_published_heun_ends_at_the_data_of_a_perfect_network():
+    data, noise = draws(2)
     sigmas = published.edm_sigmas(5)
-    result = published.edm_heun_loop(data + 80 * eps, lambda k: asked.append(k) or data, sigmas)
-    assert torch.allclose(result, data, rtol=0, atol=1e-12) and asked == list(range(9))
     assert sigmas[0] == pytest.approx(80) and sigmas[-2] == pytest.approx(0.002) and sigmas[-1] == 0
+    # The levels of the 2 N - 1 evaluations: a step's own, then its target's, where that is not 0.
+    visited = [sigma for pair in itertools.pairwise(sigmas) for sigma in pair if sigma > 0]
+    asked = []
+
+    def perfect(k, scaled):
+        asked.append(k)
+        total = visited[k] ** 2 + 0.25
+        return (data - 0.25 / total * math.sqrt(total) * scaled) * math.sqrt(total) / (0.5 * visited[k])
+
+    result = published.edm_heun_loop(data + 80 * noise, perfect, sigmas)
+    assert torch.allclose(result, data, rtol=0, atol=1e-9) and asked == list(range(9))
 
 
 def test_published_ddpm_keeps_the_variance_of_the_schedule():
@@ -305,7 +339,8 @@ def test_published_loops_agree_with_diffusers(scheduler, loop, options):
     peer.set_timesteps(12)
     x, *outputs = draws(13, torch.float32)
     exact = loop(x.double(), lambda k: outputs[k].double(), published.linear_levels([int(t) for t in peer.timesteps]))
+    clipped = {"use_clipped_model_output": True} if peer.config.get("clip_sample") else {}
     for k, t in enumerate(peer.timesteps):
         peer.scale_model_input(x, t)
-        x = peer.step(outputs[k], t, x, return_dict=False)[0]
+        x = peer.step(outputs[k], t, x, return_dict=False, **clipped)[0]
     assert harness.relative_error(x, exact) < 2e-5
