@@ -172,7 +172,7 @@ class StepTable:
             if value is None:
                 value = torch.zeros(1, width, dtype=torch.float64)
             pieces.append(value.to(target).expand(rows, width))
-        self.data: Tensor = torch.cat(pieces, dim=1).contiguous()
+        self._data: Tensor = torch.cat(pieces, dim=1).contiguous()
         self.rows = rows
         self.inputs = n
         self.has_x0 = "to_x0" in shaped
@@ -186,11 +186,16 @@ class StepTable:
             self.noisy = tuple(flags.tolist())
         self._host: tuple | None = None
 
+    @property
+    def data(self) -> Tensor:
+        """float64 [rows, 2 n + 8], read-only as an attribute: the host remembers which rows have noise."""
+        return self._data
+
     def describe_to_host(self) -> None:
-        """Keep what the native hot path reads, once per table: address, rows, inputs, flags, noise per row."""
+        """Keep what the native hot path reads, once per table: data, rows, inputs, flags, noise per row."""
         if self.data.device.type == "cpu" and self.noisy is not None:
             flags = self.has_x0 | self.has_noise << 1 | self.has_second << 2 | self.has_log_std << 3
-            self._host = (self.data.data_ptr(), self.rows, self.inputs, flags, bytes(self.noisy))
+            self._host = (self.data, self.rows, self.inputs, flags, bytes(self.noisy))
 
     def to(self, device: torch.device | str) -> StepTable:
         """The same table on another device (itself if it is there already)."""
@@ -198,7 +203,7 @@ class StepTable:
         if device == self.data.device:
             return self
         copy = object.__new__(StepTable)
-        copy.__dict__.update(self.__dict__, data=self.data.to(device), _host=None)
+        copy.__dict__.update(self.__dict__, _data=self.data.to(device), _host=None)
         return copy
 
     def __repr__(self) -> str:

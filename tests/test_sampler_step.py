@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -449,6 +451,18 @@ def test_bad_table(name):
     error, sentence, parts = BAD_TABLES[name]
     with pytest.raises(error, match=sentence):
         StepTable(**parts)
+
+
+def test_tables_survive_copying_and_pickling():
+    x = torch.randn(2, 3)
+    table = StepTable([[2.0], [3.0]], noise=[0.0, 0.0])
+    genfast.sampler_step([x], table, step=1)
+    genfast.sampler_step([x], table, step=1)
+    copies = [copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))]
+    del table
+    for other in copies:
+        for _ in range(2):
+            assert torch.equal(genfast.sampler_step([x], other, step=1), 3 * x)
 
 
 # --- predictions ------------------------------------------------------------------------------------------------------

@@ -267,7 +267,9 @@ bool read_arguments(PyObject* const* v, Call& call, int& flags) {
   if ((PyObject*)Py_TYPE(v[kTable]) != types.table) return false;
   Ref host(PyObject_GetAttr(v[kTable], types.host));
   if (!host.p || !PyTuple_CheckExact(host.p)) return false;
-  a.table = static_cast<const double*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(host.p, 0)));
+  View table;
+  if (!view(PyTuple_GET_ITEM(host.p, 0), table) || table.dtype != 3) return false;
+  a.table = reinterpret_cast<const double*>(table.data);
   a.rows = PyLong_AsLongLong(PyTuple_GET_ITEM(host.p, 1));
   if (PyLong_AsLong(PyTuple_GET_ITEM(host.p, 2)) != n) return false;
   flags = (int)PyLong_AsLong(PyTuple_GET_ITEM(host.p, 3));

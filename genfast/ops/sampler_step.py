@@ -524,7 +524,7 @@ def _allocate(inputs, data, shape, dtype, has_second) -> list[Tensor]:
 def _unpack(data, n, has_x0, has_noise, has_second, has_log_std, rest):
     table = object.__new__(StepTable)
     table.__dict__.update(
-        data=data,
+        _data=data,
         rows=data.shape[0],
         inputs=n,
         has_x0=has_x0,
