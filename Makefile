@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_SOURCES := genfast kernels tests benchmarks setup.py
+PYTHON_SOURCES := .
 KERNEL_TESTS := tests/test_sampler_step.py tests/test_random.py
 
 .PHONY: demo test bench lint build wheel sanitize test-torch-compat clean
