@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import report, timing
 from benchmarks.harness import Row, Settings, rows
 from genfast.backends import FAMILIES
 
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings(torch.device(options.device), options.quick)
 
     load = report.load()
+    timing.keep_freed_memory()
     everything: list[Row] = []
     summaries, messages = [], []
     print(report.header(), flush=True)

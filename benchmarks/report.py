@@ -92,7 +92,7 @@ def summary(family: str, rows: Sequence[Row], seconds: float) -> str:
     """One line: how many bars are met, which are not, the typical ratio, errors, missing peers, failures."""
     barred = [row for row in rows if row.bar]
     met = [row for row in barred if row.bar_met]
-    missed = [f"{row.case} {row.shape} {row.dtype}" for row in barred if row.bar_met is False]
+    missed = [f"{row.case} {row.shape} {row.dtype} vs {row.peer}" for row in barred if row.bar_met is False]
     unjudged = [row for row in barred if row.bar_met is None]
     ratios = [row.ratio for row in rows if row.ratio is not None]
     parts = [f"{len(rows)} rows", f"{len(met)} of {len(barred)} bars met"]

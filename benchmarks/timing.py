@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import time
@@ -15,6 +16,21 @@ SHORTEST_SAMPLE = 200e-6
 
 Run = Callable[[int], object]
 """A call under test. Its argument counts calls: it picks the next inputs of a rotation with it."""
+
+
+def keep_freed_memory() -> bool:
+    """Make the C library keep the memory of freed tensors (up to 32 MiB each) for the next ones; False if it cannot.
+
+    Otherwise it gives large blocks back to the system and asks for them again at the next operation, until it has seen
+    enough of them to stop. The page faults, which can cost more than the work, would then fall on the first cases. With
+    this nobody pays them, which favours those who allocate most: the peers.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3
+    return bool(mallopt(mmap_threshold, 2**25)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
 def interleave(
