@@ -83,6 +83,7 @@ class Program:
                 self._combine(i, stage)
             self.calls[-1].last = True
         self._attach_inputs()
+        self.model_times: dict[tuple, tuple[torch.Tensor, ...]] = {}
         self._tables: dict[torch.device, list[StepTable]] = {}
 
     def tables(self, device: torch.device) -> list[StepTable]:

@@ -67,7 +67,8 @@ def beta(schedule: NoiseSchedule, n: int, *, a: float = 0.6, b: float = 0.6, sig
 
 
 SPACINGS = {f.__name__: f for f in (linspace, leading, trailing, consistency, karras, exponential, beta)}
-INCLUSIVE = ("linspace", "karras", "exponential", "beta")  # the last step is at the schedule's least noisy level
+INCLUSIVE = ("linspace", "leading", "karras", "exponential", "beta")
+"""Spacings whose last point is the schedule's least noisy level."""
 
 
 def space(schedule: NoiseSchedule, n: int, name: str, **options) -> tuple[str, np.ndarray]:

@@ -36,7 +36,8 @@ class Row:
     Args:
         stages: ``(trajectory, i, **options) -> list[Stage]``.
         evaluations: of the model per step (a first or last step may differ).
-        order: of convergence in the step size, for the deterministic ones.
+        order: of convergence in the step size with the default options and no noise; the first steps of a method with
+            a history are of lower order, as are its last ones with ``lower_order_final``.
         keeps: how many earlier evaluations it remembers.
         noise: when it draws noise: ``"never"``, ``"always"`` or the option that turns it on.
         source: the paper.
