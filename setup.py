@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,8 +43,16 @@ def version() -> str:
     return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
 
 
+def _sources(*patterns: str) -> list[Path]:
+    return sorted(path.relative_to(ROOT) for pattern in patterns for path in ROOT.glob(pattern))
+
+
 class Plan:
-    """The ninja file and what it is expected to make."""
+    """The ninja file and what it is expected to make.
+
+    Paths inside the checkout are relative to it, ``folder`` too: ninja runs there, and a checkout in a folder with a
+    space in its name builds like any other.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -58,7 +67,8 @@ class Plan:
         tools = self._tools()
         if tools is None:
             return
-        self.includes = f"-I{ROOT / 'csrc'} -I{tools['pybind11']} -I{sysconfig.get_path('include')}"
+        folders = ("csrc", tools["pybind11"], sysconfig.get_path("include"))
+        self.includes = " ".join(f"-I{shlex.quote(folder)}" for folder in folders)
         sanitize = os.environ.get("GENFAST_SANITIZE", "")
         self.common = f"-std=c++17 -fPIC -fvisibility=hidden {self.includes}"
         if sanitize:
@@ -87,6 +97,7 @@ class Plan:
     def _cpu(self) -> None:
         self.lines += [
             "ninja_required_version = 1.5",
+            f"builddir = {self.folder}",
             f"cxx = {self.compiler}",
             "rule cxx",
             "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
@@ -104,7 +115,7 @@ class Plan:
             flags = (
                 f"{self.common} {self.optimise} -fno-math-errno -ffp-contract=off {isa_flags} -DGENFAST_MODULE={name}"
             )
-            self._module(name, "cxx", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), flags, f"{self.link} -ldl")
+            self._module(name, "cxx", _sources("csrc/cpu/*.cpp"), flags, f"{self.link} -ldl")
 
     def _cuda(self) -> None:
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -137,8 +148,8 @@ class Plan:
             f"-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden {gencode} "
             f"{self.includes} -DGENFAST_MODULE=_cuda"
         )
-        folder = ROOT / "csrc" / "cuda"
-        self._module("_cuda", "nvcc", sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")]), flags, "", link="nvlink")
+        sources = _sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp")
+        self._module("_cuda", "nvcc", sources, flags, "", link="nvlink")
 
     @staticmethod
     def _gencode(nvcc: str) -> str:
@@ -155,7 +166,7 @@ class Plan:
 
     def _object(self, name: str, rule: str, source: Path, flags: str) -> Path:
         target = self.folder / name / f"{source.stem}{source.suffix.replace('.', '_')}.o"
-        self.lines += [f"build {target}: {rule} {source}", f"  flags = {flags}"]
+        self.lines += [f"build {target}: {rule} {source}", f"  flags = {flags.replace('$', '$$')}"]
         return target
 
     def _module(self, name: str, rule: str, sources: list[Path], flags: str, libs: str, link: str = "link") -> None:
@@ -168,30 +179,43 @@ class Plan:
         """Build what can be built; the finished modules by name."""
         if not self.modules:
             return {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        folder = ROOT / self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         # -k 0: a module that fails (an old compiler without AVX-512, say) must not take the others with it.
-        command = [self.ninja, "-C", str(self.folder), "-k", "0"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        log = self.folder / "build.log"
-        log.write_text(result.stdout + result.stderr)
-        if result.returncode != 0:
-            sys.stderr.write(result.stdout[-8000:])
+        command = [self.ninja, "-C", str(ROOT), "-f", str(self.folder / "build.ninja"), "-k", "0"]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True)
+            code, log = result.returncode, result.stdout + result.stderr
+        except OSError as error:
+            code, log = 1, f"error: ninja did not start: {error}"
+        (folder / "build.log").write_text(log)
+        if code != 0:
+            sys.stderr.write(log[-8000:])
         made = {}
         for name, path in self.modules.items():
-            if path.exists() and not self._stale(result, name):
-                made[name] = path
+            report = self._failure(name, log) if code != 0 else None
+            if report is None and (ROOT / path).exists():
+                made[name] = ROOT / path
             else:
-                first = next((line for line in result.stdout.splitlines() if "error" in line), "see build.log")
-                self.missing[name.removeprefix("_")] = f"it did not compile: {first.strip()}"
+                first = next((line for line in (report or "").splitlines() if "error" in line), None)
+                reason = first.strip() if first else f"see {self.folder}/build.log"
+                self.missing[name.removeprefix("_")] = f"it did not compile: {reason}"
         if not any(name.startswith("_cpu") for name in made):
-            self.missing["cpu"] = next(iter(self.missing.values()))
+            self.missing["cpu"] = self.missing["cpu_base"]
         return made
 
-    def _stale(self, result: subprocess.CompletedProcess, name: str) -> bool:
-        # Ninja leaves an older module in place when its objects fail to compile.
-        failed = re.findall(r"^FAILED: (?:\[code=\d+\] )?(\S+)", result.stdout, re.MULTILINE)
-        return any(f"/{name}/" in target or f"/{name}{SUFFIX}" in target for target in failed)
+    def _failure(self, name: str, log: str) -> str | None:
+        """What a failed build said about one module; None if nothing, so that the module is good."""
+        # Ninja leaves an older module in place when its objects fail to compile, so its being there proves nothing.
+        pattern = r"^FAILED: (?:\[code=\d+\] )?(\S+).*\n.*\n((?:(?!\[\d+/\d+\] |FAILED: |ninja: ).*\n?)*)"
+        failed = re.findall(pattern, log, re.MULTILINE)
+        if not failed:  # ninja itself did not run
+            return log
+        mine = [
+            text for target, text in failed if target.startswith((f"{self.folder / name}/", str(self.modules[name])))
+        ]
+        return "".join(mine) if mine else None
 
     def info(self, made: dict[str, Path]) -> dict:
         info = {"version": version(), "modules": sorted(made), "missing": self.missing}
@@ -203,21 +227,31 @@ class Plan:
         return info
 
 
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a process that has the old one loaded keeps it, a new one never sees half."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    new = path.with_name(f"{path.name}.new")
+    new.write_bytes(content)
+    new.replace(path)
+
+
 class BuildNative(build_ext):
     """``build_ext`` that runs the plan and puts the finished modules beside the package."""
 
     def run(self) -> None:
         sanitized = "-sanitize" if os.environ.get("GENFAST_SANITIZE") else ""
-        plan = Plan(ROOT / "build" / f"native-{sys.implementation.cache_tag}{sanitized}")
+        plan = Plan(Path("build") / f"native-{sys.implementation.cache_tag}{sanitized}")
         made = plan.run()
         in_place = self.inplace or getattr(self, "editable_mode", False)
         target = (ROOT if in_place else Path(self.build_lib).resolve()) / "genfast"
         target.mkdir(parents=True, exist_ok=True)
         for old in target.glob(f"_c*{SUFFIX}"):
-            old.unlink()
+            if old.name.removesuffix(SUFFIX) not in made:
+                old.unlink()
         for path in made.values():
-            shutil.copy2(path, target / path.name)
-        (target / "_build_info.json").write_text(json.dumps(plan.info(made), indent=2) + "\n")
+            _replace(target / path.name, path.read_bytes())
+        _replace(target / "_build_info.json", (json.dumps(plan.info(made), indent=2) + "\n").encode())
         for module, reason in plan.missing.items():
             print(f"genfast: the {module} module is not built: {reason}", file=sys.stderr)
 
@@ -247,6 +281,7 @@ setup(
         "nvtx": ["nvtx"],
         "demo": ["scikit-learn", "pillow", "tqdm"],
         "bench": ["diffusers", "matplotlib"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "scipy", "diffusers"],
     },
     entry_points={"console_scripts": ["genfast = genfast.cli:main"]},
     zip_safe=False,
