@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows and the environment to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="of the ratios (default: build/bench_FAMILY.png)")
-    parser.add_argument("--quick", action="store_true", help="few rounds: shows that all runs, judges no bar")
+    parser.add_argument("--quick", action="store_true", help="few rounds: shows that all runs, and fails for no bar")
     parser.add_argument("--only", metavar="TEXT", help="only the cases with TEXT in their name")
     options = parser.parse_args(arguments)
     families = options.families or list(FAMILIES)
@@ -46,12 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     for family in families:
         begin = time.perf_counter()
         plans = importlib.import_module(f"benchmarks.{family}").plans(settings)
-        plans = [plan for plan in plans if options.only is None or options.only in plan.name]
-        if not plans:
-            parser.error(f"--only {options.only!r} leaves no case of {family}")
+        chosen = [plan for plan in plans if options.only is None or options.only in plan.name]
+        if not chosen:
+            names = ", ".join(dict.fromkeys(plan.name for plan in plans))
+            parser.error(f"--only {options.only!r} leaves no case of {family}, which has: {names}")
         measured: list[Row] = []
         with torch.no_grad():
-            for row in rows(family, plans, settings):
+            for row in rows(family, chosen, settings):
                 print(report.line(row), flush=True)
                 measured.append(row)
         summaries.append(report.summary(family, measured, time.perf_counter() - begin))

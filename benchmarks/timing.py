@@ -45,11 +45,9 @@ def interleave(
     """
     turn, calls = 0, []
     for run in runs:
-        for _ in range(2):
-            run(turn)
-            turn += 1
-        once = _sample(run, device, turn, 1)
-        turn += 1
+        run(turn)
+        once = _sample(run, device, turn + 1, 1)
+        turn += 2
         calls.append(max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7))))
     rounds: list[list[float]] = []
     collecting = gc.isenabled()
