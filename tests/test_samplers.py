@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import genfast
+import genfast.samplers.corrector as correctors
 import genfast.samplers.sampler as module
 from genfast.samplers import SAMPLERS, Sampler, Trajectory, noise_schedule, reflow_pairs, sample
 
@@ -180,7 +181,9 @@ STOCHASTIC = [
     ("heun", dict(s_churn=20.0, s_noise=1.0)),
     ("euler_ancestral", {}),
     ("dpmpp_2s", dict(eta=1.0)),
+    ("euler_ancestral", dict(eta=0.5)),
     ("dpmpp_2m_sde", {}),
+    ("dpmpp_2m_sde", dict(eta=0.5)),
     ("dpmpp_3m_sde", {}),
     ("euler_maruyama", {}),
     ("reverse_diffusion", {}),
@@ -210,6 +213,19 @@ def test_sde_samplers_have_the_right_law(name, options, kind):
     got = sampler(gaussian(schedule), x, seed=7).double()
     assert abs(got.mean() - mean) / math.sqrt(variance / n) < 5
     assert abs(got.var() / variance - 1) / math.sqrt(2 / n) < 5
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if "s_noise" in SAMPLERS[n].options])
+def test_s_noise_scales_the_noise_and_nothing_else(name):
+    switch = "s_churn" if "s_churn" in SAMPLERS[name].options else "eta"
+    plain, louder = (Sampler(name, "edm", 6, s_noise=k, **{switch: 1.0})._stages for k in (1.0, 1.3))
+    drawn = 0
+    for a, b in zip(itertools.chain(*plain), itertools.chain(*louder), strict=True):
+        for part in a.out.weights:
+            factor = 1.3 if part == "noise" else 1.0
+            assert b.out.weights[part] == pytest.approx(factor * a.out.weights[part], rel=1e-12)
+            drawn += part == "noise" and a.out.weights[part] > 0
+    assert drawn >= 5
 
 
 # --- against independent implementations -----------------------------------------------------------------------------
@@ -318,6 +334,22 @@ def test_predictor_corrector(kind, predictor):
     got = sampler(score_of, start, generator=torch.Generator().manual_seed(1)).double()
     scale = x.abs().max()
     assert (got - x).abs().max() < 3e-4 * scale
+
+
+def test_corrections_see_the_fed_model_input():
+    schedule = noise_schedule("ve")
+    sampler = Sampler("reverse_diffusion", schedule, 5, prediction="score", corrector="langevin", corrector_steps=2)
+    x = sampler.initial_noise((4, 6), seed=1)
+    network, types = nonlinear(schedule, "score"), set()
+
+    def watched(x, t):
+        types.add(x.dtype)
+        return network(x, t)
+
+    fed = sampler(watched, x, seed=2, model_dtype=F64)
+    assert types == {F64}
+    torch.testing.assert_close(fed, sampler(network, x, seed=2), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fed, sampler(network, x, seed=2, clip=1e6), rtol=1e-3, atol=1e-3)
 
 
 def test_rk45_is_scipys():
@@ -450,18 +482,36 @@ def test_batches_can_be_split(name):
     assert not torch.equal(sampler(network, x, seed=12), whole)
 
 
-def test_draws_of_a_run_are_independent():
-    # With a data estimate of 0 the result of one DDPM run is a sum of its draws; two steps' draws must differ.
-    schedule = noise_schedule("linear")
-    seen = []
-    sampler = Sampler("ddpm", schedule, 4, corrector="langevin")
-    sampler(lambda x, t: x, torch.zeros(1, 20000).add_(1e-3), seed=5, callback=lambda s: seen.append(s.x.flatten()))
-    draws = [*seen, genfast.randn(1, 20000, seed=5).flatten(), sampler.initial_noise((1, 20000), seed=5).flatten()]
-    changes = [draws[1] - draws[0] * (draws[0] @ draws[1]) / (draws[0] @ draws[0]), draws[-1], draws[-2]]
-    for a in range(3):
-        for b in range(a):
-            r = torch.corrcoef(torch.stack([changes[a], changes[b]]))[0, 1]
-            assert abs(r) < 5 / math.sqrt(20000) or {a, b} == {0, 2}, (a, b, r)
+@pytest.mark.parametrize(
+    "name, draws, options",
+    [
+        ("ddpm", 4 + 15, dict(corrector="langevin", corrector_steps=3)),
+        ("heun", 5, dict(s_churn=30.0)),
+        ("dpmpp_2m_sde", 4, {}),
+        ("euler_maruyama", 4, {}),
+    ],
+)
+def test_every_draw_of_a_run_has_its_own_stream(name, draws, options, monkeypatch):
+    streams = []
+    step, randn = module.sampler_step, correctors.randn
+
+    def watched_step(inputs, table, *, step_=step, **kwargs):
+        if "seed" in kwargs:
+            streams.append(kwargs["stream"] + kwargs.get("step", 0))
+        return step_(inputs, table, **kwargs)
+
+    def watched_randn(*shape, **kwargs):
+        streams.append(kwargs["stream"])
+        return randn(*shape, **kwargs)
+
+    monkeypatch.setattr(module, "sampler_step", watched_step)
+    monkeypatch.setattr(correctors, "randn", watched_randn)
+    for model_dtype in (None, F64):
+        streams.clear()
+        sampler = Sampler(name, "scaled_linear", 5, **options)
+        sampler(lambda x, t: torch.tanh(x), (2, 3), seed=1, model_dtype=model_dtype)
+        assert len(streams) == draws + 1 and len(set(streams)) == draws + 1  # one more: x_T
+        assert all(0 <= s < 2**32 for s in streams)
 
 
 def test_model_dtype_does_not_move_the_noise():
@@ -784,6 +834,12 @@ def test_spacings_and_schedules_combine(kind, spacing, final):
     assert sampler.steps == 9 and (sampler.sigmas[-1] == 0) == (final == "zero")
     got = sampler(nonlinear(schedule), sampler.initial_noise((2, 3), seed=0))
     assert got.isfinite().all()
+
+
+def test_beta_spacing_says_that_it_needs_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(ImportError, match="spacing 'beta' needs scipy"):
+        Sampler("ddim", "linear", 5, spacing="beta")
 
 
 def test_flow_shift():

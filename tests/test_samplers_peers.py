@@ -7,6 +7,7 @@ import torch
 from genfast.samplers import Sampler, Trajectory, noise_schedule
 
 diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 
 SHAPE = (2, 3, 6, 5)
 VP = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -277,6 +278,14 @@ def test_lcm(prediction):
     peer.set_timesteps(4)
     ours = Sampler("lcm", schedule_of(peer), 4, spacing="consistency", prediction=prediction)
     np.testing.assert_array_equal(ours.timesteps, peer.timesteps)
+    theirs = run_peer(peer, start(), dict(generator=generator()))
+    close(ours(denoiser_of(peer), start(), generator=generator()), theirs)
+
+
+def test_lcm_near_the_boundary():
+    peer = diffusers.LCMScheduler(timestep_scaling=0.3)
+    peer.set_timesteps(timesteps=[999, 339, 19, 1], original_inference_steps=1000)
+    ours = Sampler("lcm", schedule_of(peer), timesteps=[999, 339, 19, 1], timestep_scaling=0.3)
     theirs = run_peer(peer, start(), dict(generator=generator()))
     close(ours(denoiser_of(peer), start(), generator=generator()), theirs)
 

@@ -82,6 +82,7 @@ class Program:
             for stage in stages:
                 self._combine(i, stage)
             self.calls[-1].last = True
+        self._drop_unread_history()
         self._attach_inputs()
         self.model_times: dict[tuple, tuple[torch.Tensor, ...]] = {}
         self._tables: dict[torch.device, list[StepTable]] = {}
@@ -120,6 +121,12 @@ class Program:
             call.time = len(self.times)
             self.times.append(call.node)
         self.calls.append(call)
+
+    def _drop_unread_history(self) -> None:
+        """The last evaluations of a run are kept for nobody: leave out their second output."""
+        readers = [k for k, call in enumerate(self.calls) if any(is_history(name) for name in call.others)]
+        for call in self.calls[readers[-1] if readers else 0 :]:
+            call.keep, call.parts = False, (call.parts[0], None, call.parts[2])
 
     def _attach_inputs(self) -> None:
         """Give every evaluation its model input: as second output of the call before it, or by a call of its own."""

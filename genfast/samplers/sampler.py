@@ -338,14 +338,14 @@ class Run:
             else:
                 out, second = self.target(call.into, dtype), None
                 if call.keep:
-                    full = len(history) == max(program.history, 1)
+                    full = len(history) == program.history
                     second = history.pop() if full and self.reuse else torch.empty_like(self.x, dtype=second_dtype)
                 elif call.feed:
                     second = self.target(INPUT, second_dtype)
                 sampler_step(inputs, table, step=call.row, out=out, second_out=second, **options)
             buffers[call.into] = out
             if call.keep:
-                history = [second, *history[: max(program.history, 1) - 1]]
+                history = [second, *history[: program.history - 1]]
             elif call.feed:
                 buffers[INPUT] = second
             if call.last:

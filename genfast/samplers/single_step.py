@@ -26,6 +26,7 @@ def is_last(t: Trajectory, i: int) -> bool:
 
 
 def ddpm(t: Trajectory, i: int, *, variance: str = "fixed_small") -> list[Stage]:
+    # Also the ancestral predictors of Song et al. 2021: theirs for VE is fixed_small, theirs for VP fixed_large.
     # q(x' | x, x0) is normal: with r = alpha / alpha' and v = sigma^2 - r^2 sigma'^2 (the variance added between the
     # nodes), mean = r (sigma'^2 / sigma^2) x + alpha' (v / sigma^2) x0 and variance v sigma'^2 / sigma^2.
     if variance not in VARIANCES:

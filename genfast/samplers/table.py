@@ -10,7 +10,9 @@ its intermediate points. So every step of every sampler is
     kept = sum_i d_i x_i + d_x0 x0
 
 over at most 8 tensors x_i, which is what :func:`genfast.sampler_step` computes. What is not linear (clipping,
-thresholding, guidance rescale, a learned variance) acts on m, x0 or z before the sum, inside the same op.
+thresholding, guidance rescale, a learned variance) acts on m, x0 or z before the sum, inside the same op; eps always
+belongs to the clipped x0. Where a step ends without noise, eps has no meaning at its end, so that methods that would
+evaluate the model there (Heun, RK4, PNDM's warm-up) take x0 itself instead, as Karras et al. do.
 
 A row's function gives, for step i of a trajectory, its stages as combinations with float64 weights. They are computed
 once per trajectory, turned into step tables (``program.py``) and run by one loop (``sampler.py``), which knows no
