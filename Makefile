@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP_INSTALL := -m pip install -q --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_SOURCES := .
-KERNEL_TESTS := tests/test_sampler_step.py tests/test_random.py
+KERNEL_TESTS := $(addprefix $(CURDIR)/,tests/test_sampler_step.py tests/test_random.py)
 
 .PHONY: demo test bench lint build wheel sanitize test-torch-compat clean
 
@@ -17,16 +17,19 @@ test: lint build
 bench: build
 	$(PY) -m benchmarks
 
-# torch comes first and alone: asked for by another package, a looser version would bring gigabytes of CUDA with it.
-$(VENV)/.tools: constraints.txt
+# torch comes first and alone: asked for by another package, it could come in another version.
+$(VENV)/.torch:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q -c constraints.txt -r requirements-dev.txt
+	$(PY) $(PIP_INSTALL) --upgrade pip
+	$(PY) $(PIP_INSTALL) -c constraints.txt torch
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.torch constraints.txt requirements-dev.txt
+	$(PY) $(PIP_INSTALL) -c constraints.txt torch -r requirements-dev.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools setup.py pyproject.toml
-	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PY) $(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
 
 # Editable, so only the native modules can be stale; ninja rebuilds what changed.
@@ -34,32 +37,40 @@ build: $(VENV)/.installed
 	$(PY) setup.py -q build_ext --inplace
 
 lint: $(VENV)/.tools
-	$(VENV)/bin/ruff check -q $(PYTHON_SOURCES)
-	$(VENV)/bin/ruff format -q --check $(PYTHON_SOURCES)
+	$(VENV)/bin/ruff check -q .
+	$(VENV)/bin/ruff format -q --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 
 wheel: $(VENV)/.tools
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
-# The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the native modules. The sanitizers' runtime
-# must be the first library of the process; leaks are not looked for, since the interpreter leaks by design.
+# The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer in the native modules, which GCC builds. The
+# sanitizers' runtime must be the first library of the process; leaks are not looked for, since the interpreter leaks
+# by design. 2^31 elements do not fit beside the shadow memory.
 SANITIZED := build/sanitized
+PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+UNDER_SANITIZER = cd $(SANITIZED) && PYTHONPATH=. LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 $(CURDIR)/$(PY)
 sanitize: $(VENV)/.tools
 	rm -rf $(SANITIZED)
-	GENFAST_SANITIZE=address,undefined $(PY) setup.py -q build --build-lib $(SANITIZED)
-	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
-	$(CURDIR)/$(VENV)/bin/pytest -q -p no:cacheprovider -k "not two_to_the_31" $(addprefix $(CURDIR)/,$(KERNEL_TESTS))
+	CXX="$(CXX)" GENFAST_SANITIZE=address,undefined $(PY) setup.py -q build --build-lib $(SANITIZED)
+	$(UNDER_SANITIZER) -c "from genfast import backends as b; assert b.build_info()['sanitize'] and b.cpu_isa()"
+	$(UNDER_SANITIZER) -m pytest -q -p no:cacheprovider -k "not two_to_the_31" $(KERNEL_TESTS)
 
-# The modules built in .venv, imported unchanged by another torch.
-OLD_TORCH ?= 2.9.1
+# The modules built in .venv, imported unchanged by the oldest torch that the package accepts. Where pip's index has no
+# CPU build of it (PIP_INDEX_URL chooses another), its CUDA libraries come too: 5 GB in all.
+OLD_TORCH ?= 2.7.1
 COMPAT := .venv-compat
-test-torch-compat: build
-	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
-	$(COMPAT)/bin/python -m pip install -q "torch==$(OLD_TORCH)" numpy pytest hypothesis
+OLD_PY := $(CURDIR)/$(COMPAT)/bin/python
+$(COMPAT)/.torch-$(OLD_TORCH):
+	test -x $(OLD_PY) || $(PYTHON) -m venv $(COMPAT)
+	$(OLD_PY) $(PIP_INSTALL) "torch==$(OLD_TORCH)" numpy pytest hypothesis
+	rm -f $(COMPAT)/.torch-* && touch $@
+
+test-torch-compat: build $(COMPAT)/.torch-$(OLD_TORCH)
 	rm -rf build/compat && mkdir -p build/compat && cp -rL genfast build/compat/genfast
-	cd build/compat && PYTHONPATH=. $(CURDIR)/$(COMPAT)/bin/pytest -q -p no:cacheprovider \
-	$(addprefix $(CURDIR)/,$(KERNEL_TESTS))
+	cd build/compat && PYTHONPATH=. $(OLD_PY) -c "from genfast import backends as b; assert b.cpu_isa(), b.cpu_missing()"
+	cd build/compat && PYTHONPATH=. $(OLD_PY) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info genfast/_c*.so genfast/_build_info.json
