@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,14 +44,22 @@ def main(argv: list[str] | None = None) -> int:
     known, rest = parser.parse_known_args(argv)
     if rest and known.command not in ("bench", "demo"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return {
+    run = {
         "doctor": _doctor,
         "ops": _ops,
         "verify": _verify,
         "bench": lambda _: _bench(rest),
         "demo": lambda _: _demo(rest),
         "profile": _profile,
-    }[known.command](known)
+    }[known.command]
+    try:
+        status = run(known)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # `genfast ops | head` has read enough. Python flushes stdout once more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _doctor(_) -> int:
@@ -84,10 +95,13 @@ def _verify(arguments) -> int:
 
 
 def _bench(rest: list[str]) -> int:
-    if importlib.util.find_spec("benchmarks") is None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "__main__.py").exists():
         print("genfast bench: the benchmarks are in the repository; run it from a checkout", file=sys.stderr)
         return 2
-    return subprocess.call([sys.executable, "-m", "benchmarks", *rest])
+    # The command may have been started in any folder, and paths among its arguments are relative to that one.
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    return subprocess.call([sys.executable, "-m", "benchmarks", *rest], env={**os.environ, "PYTHONPATH": path})
 
 
 def _demo(rest: list[str]) -> int:
@@ -98,16 +112,40 @@ def _demo(rest: list[str]) -> int:
 
 def _profile(arguments) -> int:
     target = arguments.target[1:] if arguments.target[:1] == ["--"] else arguments.target
-    if not target:
-        print("genfast profile: say what to run: genfast profile -- script.py ...", file=sys.stderr)
-        return 2
-    if target[0] in ("python", "python3", sys.executable):
+    if target and re.fullmatch(r"python[\d.]*", os.path.basename(target[0])):
         target = target[1:]
+    wrong = _why_not_python(target)
+    if wrong:
+        print(f"genfast profile: {wrong}", file=sys.stderr)
+        return 2
+    if target[0] != "-m" and not os.path.isfile(target[0]):
+        target = [shutil.which(target[0]), *target[1:]]
     nsys = shutil.which("nsys")
     output = arguments.output or ("genfast-profile" if nsys else "genfast-profile.json")
     runner = [sys.executable, "-m", "genfast.profiling_run"]
     if nsys:
+        if importlib.util.find_spec("nvtx") is None:
+            print(
+                "genfast profile: nsys will show no ranges without the package nvtx (pip install nvtx)", file=sys.stderr
+            )
         command = [nsys, "profile", "--trace=cuda,nvtx,osrt", f"--output={output}", "--force-overwrite=true"]
         return subprocess.call([*command, *runner, "-", *target])
     print(f"genfast profile: nsys is not on the PATH; writing a torch.profiler trace to {output}", file=sys.stderr)
     return subprocess.call([*runner, output, *target])
+
+
+def _why_not_python(target: list[str]) -> str | None:
+    """What is wrong with the target of ``genfast profile``, or None: ranges exist in Python processes only."""
+    if not target or target == ["-m"]:
+        return "say what to run: genfast profile -- script.py ... or genfast profile -- -m module ..."
+    if target[0] == "-m":
+        return None
+    if target[0].startswith("-"):
+        return f"expected a script or -m and a module; got the option {target[0]!r}"
+    path = target[0] if os.path.isfile(target[0]) else shutil.which(target[0])
+    if path is None:
+        return f"there is no script and no command {target[0]!r}"
+    with open(path, "rb") as file:
+        if not path.endswith(".py") and b"python" not in file.readline(200):
+            return f"{path} is not a Python program, and only those have ranges"
+    return None

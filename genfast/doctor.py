@@ -46,10 +46,10 @@ def report() -> Iterator[str]:
         why = f"capped by GENFAST_ISA={cap}" if cap else "the best that this machine and this build share"
         yield f"  instruction set {chosen}: {why} (here: {', '.join(here)})"
         threads = backends.cpu_module().openmp()
-        found = (
-            f"{threads} threads, through torch's own OpenMP runtime" if threads else "1: no OpenMP runtime was found"
-        )
-        yield f"  threads {found}; torch.set_num_threads governs them"
+        if threads:
+            yield f"  threads {threads}, through torch's own OpenMP runtime; torch.set_num_threads governs them"
+        else:
+            yield "  threads 1: no OpenMP runtime was found in the process"
     for isa in backends.ISAS:
         if isa not in here:
             yield f"  {isa}: {_why_no_isa(isa)}"

@@ -5,6 +5,7 @@ OUTPUT is a file for torch.profiler's trace, or ``-`` for ranges alone (under ns
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 
@@ -19,6 +20,8 @@ def main(output: str, target: list[str]) -> None:
             runpy.run_module(target[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = target
+            # As when Python itself runs a script: modules beside it can be imported, those of this folder cannot.
+            sys.path[0] = os.path.dirname(os.path.abspath(target[0]))
             runpy.run_path(target[0], run_name="__main__")
 
 
