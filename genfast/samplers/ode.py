@@ -55,21 +55,23 @@ def integrate(run, advance) -> Tensor:
     end = t[len(t) - 1] if clean else t[len(t)]
     if clean and len(t) == 1:
         raise ValueError("an adaptive sampler needs a trajectory with two noisy nodes to integrate between")
-    y = solver.run(t[0], end, advance)
+    y = solver.solve(t[0], end, advance)
     return solver.estimate(y, solver.k[0], end) if clean else y
 
 
 class _Solver:
     def __init__(self, run):
-        self.run_, self.trajectory, self.sampler = run, run.sampler.trajectory, run.sampler
+        self.run, self.trajectory, self.sampler = run, run.sampler.trajectory, run.sampler
+        if run.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"ode_rk45 measures its own error, so x must be float32 or float64; got {run.dtype}")
         options = run.sampler.options
         self.rtol, self.atol = options["rtol"], options["atol"]
         if not (self.rtol > 0 and self.atol > 0):
             raise ValueError(f"rtol and atol must be positive; got {self.rtol} and {self.atol}")
         self.k: list[Tensor | None] = [None] * 7
 
-    def run(self, start: Node, end: Node, advance) -> Tensor:
-        y = self.run_.x
+    def solve(self, start: Node, end: Node, advance) -> Tensor:
+        y = self.run.x
         self.k[0], _ = self.evaluate(y, start, [], lambda slope: slope, keep_slope=False)
         time, span = start.time, start.time - end.time
         h = self.first_step(y, start, span)
@@ -99,14 +101,14 @@ class _Solver:
             y, time = y_new, target
             self.k[0] = self.k[6]
             advance()
-            if self.run_.callback is not None:
+            if self.run.callback is not None:
                 self.report(step, y, time)
             step += 1
         return y
 
     def attempt(self, y: Tensor, time: float, h: float) -> tuple[Tensor, Tensor]:
         """The fifth-order point and its error estimate."""
-        coefficients = StepTable([1.0, h * A[1][0]], device=self.run_.device)
+        coefficients = StepTable([1.0, h * A[1][0]], device=self.run.device)
         point = sampler_step([y, self.k[0]], coefficients)
         for s in range(1, 7):
             node = self.trajectory.at_time(time + C[s] * h)
@@ -125,7 +127,7 @@ class _Solver:
 
     def evaluate(self, point: Tensor, node: Node, known, combine, keep_slope: bool = True):
         """Evaluate the model at a point: the combination of its slope with known tensors, and the slope."""
-        run, sampler = self.run_, self.sampler
+        run, sampler = self.run, self.sampler
         scale = input_scale(node, sampler.prediction, sampler.sigma_data)
         seen = point
         if scale != 1.0 or run.model_dtype != run.dtype:
@@ -168,4 +170,4 @@ class _Solver:
 
     def report(self, step: int, y: Tensor, time: float) -> None:
         node, slope_ = self.trajectory.at_time(time), self.k[0]
-        self.run_.notify(step, None, time, node, y, lambda: self.estimate(y, slope_, node))
+        self.run.notify(step, None, time, node, y, lambda: self.estimate(y, slope_, node))

@@ -19,6 +19,9 @@ COMBINE, CORRECT = "combine", "correct"
 INPUT = "model input"
 """The buffer with what the model sees, where that is not the state itself: scaled, or in another dtype."""
 
+OUT_PARTS = ("coefficients", "x0", "noise")  # the arguments of a step table that weigh the op's output,
+SECOND_PARTS = ("second", "second_x0", "second_noise")  # and its second output
+
 
 @dataclass
 class Call:
@@ -26,7 +29,7 @@ class Call:
 
     action: str
     step: int
-    node: Node | None  # where the model is evaluated first, if it is
+    node: Node | None  # where the model is evaluated, if it is
     at: str  # the buffer the model is evaluated on, the op's first input
     others: tuple[str, ...]  # further inputs, after the model's output
     into: str
@@ -152,26 +155,23 @@ class Program:
         evaluated = call.node is not None
         inputs = (call.at, *(("model",) if evaluated else ()), *call.others)
         row: dict = {}
-        to_x0 = (
-            x0_coefficients(self.prediction, call.node.alpha, call.node.sigma, sigma_data=self.sigma_data)
-            if evaluated
-            else None
-        )
-        combos = {"": out, **({"second": second} if second is not None else {})}
-        for prefix, combo in combos.items():
-            weights = dict(combo.weights)
+        if evaluated:
+            to_x0 = x0_coefficients(self.prediction, call.node.alpha, call.node.sigma, sigma_data=self.sigma_data)
+            if not self.fold:
+                row["to_x0"] = to_x0
+        for combination, (own, x0, noise) in ((out, OUT_PARTS), (second, SECOND_PARTS)):
+            if combination is None:
+                continue
+            weights = dict(combination.weights)
             if evaluated and self.fold:
                 w = weights.pop("x0", 0.0)
                 weights[call.at] = weights.get(call.at, 0.0) + w * to_x0[0]
                 weights["model"] = w * to_x0[1]
-            row[prefix or "coefficients"] = [weights.get(name, 0.0) for name in inputs]
-            join = f"{prefix}_" if prefix else ""
-            if evaluated and not self.fold:
-                row[join + "x0"] = weights.get("x0", 0.0)
+            elif evaluated:
+                row[x0] = weights.get("x0", 0.0)
+            row[own] = [weights.get(name, 0.0) for name in inputs]
             if call.noisy and call.action == COMBINE:
-                row[join + "noise"] = weights.get("noise", 0.0)
-        if evaluated and not self.fold:
-            row["to_x0"] = to_x0
+                row[noise] = weights.get("noise", 0.0)
         if log_std is not None and call.noisy:
             row["log_std"] = log_std
         kind = (call.action, inputs, call.into, tuple(row))

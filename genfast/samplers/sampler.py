@@ -193,7 +193,7 @@ class Sampler:
 
         Args:
             model: called as ``model(x, t)``, x [B, ...], t [B] on x's device, in the schedule's own time: int64 where
-                all times are whole timesteps, else float32 (float64 with a float64 state). With
+                all times of a run are whole timesteps, else float32 (float64 with a float64 state). With
                 ``variance="learned_range"`` its output has twice the channels (dimension 1), the second half for the
                 variance.
             x: x_T, float32 (or bfloat16, float16, float64: the state and the arithmetic's inputs keep that dtype), left
@@ -396,7 +396,8 @@ class Run:
         """The model's time argument at every node, [B] each: one transfer for the whole run."""
         schedule, prediction = self.sampler.trajectory.schedule, self.sampler.prediction
         values = [n.time if schedule is None else schedule.model_time(n.time, prediction) for n in nodes]
-        if all(v == int(v) for v in values) and (schedule is None or schedule.discrete):
+        whole = not self.sampler.row.adaptive and (schedule is None or schedule.discrete)
+        if whole and all(v == int(v) for v in values):
             dtype = torch.int64
         else:
             dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
