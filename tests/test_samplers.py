@@ -215,6 +215,21 @@ def test_sde_samplers_have_the_right_law(name, options, kind):
     assert abs(got.var() / variance - 1) / math.sqrt(2 / n) < 5
 
 
+@pytest.mark.parametrize("name, options", STOCHASTIC)
+def test_a_run_that_stops_half_way_has_the_law_of_that_level(name, options):
+    # The last step draws its noise like any other unless it ends without noise: a run can be handed over in the middle.
+    schedule, errors = noise_schedule("vp"), []
+    for steps in (100, 400):
+        times = np.linspace(1.0, schedule.time_at(0.5), steps + 1)
+        trajectory = Trajectory(*schedule.alpha_sigma(times), times, schedule)
+        mean, variance = affine_law(Sampler(name, trajectory, prediction="sample", **options), schedule)
+        end = trajectory[steps]
+        exact = (end.alpha * STD) ** 2 + end.sigma**2
+        errors.append(abs(variance / exact - 1))
+        assert abs(mean / (end.alpha * MEAN) - 1) < 0.02
+    assert errors[1] < 0.02 and (errors[1] < 0.6 * errors[0] or errors[1] < 1e-3), errors
+
+
 @pytest.mark.parametrize("name", [n for n in SAMPLERS if "s_noise" in SAMPLERS[n].options])
 def test_s_noise_scales_the_noise_and_nothing_else(name):
     switch = "s_churn" if "s_churn" in SAMPLERS[name].options else "eta"

@@ -18,10 +18,6 @@ def move(n: Node, m: Node) -> Linear:
     return (m.sigma / n.sigma) * X + (m.alpha - n.alpha * m.sigma / n.sigma) * X0
 
 
-def is_last(t: Trajectory, i: int) -> bool:
-    return i == len(t) - 1
-
-
 # --- ancestral sampling and DDIM -------------------------------------------------------------------------------------
 
 
@@ -39,10 +35,10 @@ def ddpm(t: Trajectory, i: int, *, variance: str = "fixed_small") -> list[Stage]
     if variance == "learned_range":
         # ln variance = (1 - f) ln small + f ln large, f = (1 + model's output) / 2 (Nichol and Dhariwal 2021)
         low, high = math.log(max(small, 1e-20)), math.log(v)
-        noise = ZERO if is_last(t, i) else NOISE
+        noise = NOISE if m.sigma else ZERO
         return [Stage(mean + noise, n, log_std=((high + low) / 4, (high - low) / 4))]
     std = math.sqrt(small if variance == "fixed_small" else v)
-    return [Stage(mean if is_last(t, i) else mean + std * NOISE, n)]
+    return [Stage(mean + std * NOISE if m.sigma else mean, n)]
 
 
 def ddim(t: Trajectory, i: int, *, eta: float = 0.0) -> list[Stage]:
@@ -122,7 +118,7 @@ def lcm(
             )
         s = n.time * timestep_scaling
         f = (boundary_sigma**2 / (s**2 + boundary_sigma**2)) * X + (s / math.hypot(s, boundary_sigma)) * X0
-    return [Stage(f if is_last(t, i) else m.alpha * f + m.sigma * NOISE, n)]
+    return [Stage(m.alpha * f + m.sigma * NOISE, n)]
 
 
 def tcd(t: Trajectory, i: int, *, eta: float = 0.3) -> list[Stage]:
@@ -130,7 +126,7 @@ def tcd(t: Trajectory, i: int, *, eta: float = 0.3) -> list[Stage]:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     n, m = t[i], t[i + 1]
-    if is_last(t, i) or eta == 0:
+    if not m.sigma or eta == 0:
         return [Stage(move(n, m), n)]
     time = (1 - eta) * m.time
     s = t.at_time(math.floor(time) if t.schedule is not None and t.schedule.discrete else time)
@@ -149,13 +145,13 @@ def score(n: Node) -> Linear:
 def euler_maruyama(t: Trajectory, i: int) -> list[Stage]:
     # dx = (f x - g^2 score) dt + g dw backwards in time; f = alpha' / alpha and g^2 = 2 sigma (sigma' - f sigma),
     # primes being rates here.
-    n = t[i]
-    dt = t[i + 1].time - n.time
+    n, m = t[i], t[i + 1]
+    dt = m.time - n.time
     alpha_rate, sigma_rate = t.rates(n)
     f = alpha_rate / n.alpha
     g2 = 2 * n.sigma * (sigma_rate - f * n.sigma)
     mean = (1 + dt * f) * X - (dt * g2) * score(n)
-    return [Stage(mean if is_last(t, i) else mean + math.sqrt(-dt * g2) * NOISE, n)]
+    return [Stage(mean + math.sqrt(-dt * g2) * NOISE if m.sigma else mean, n)]
 
 
 def reverse_diffusion(t: Trajectory, i: int) -> list[Stage]:
@@ -164,7 +160,7 @@ def reverse_diffusion(t: Trajectory, i: int) -> list[Stage]:
     r = n.alpha / m.alpha
     g2 = n.sigma**2 - (r * m.sigma) ** 2
     mean = (2 - r) * X + g2 * score(n)
-    return [Stage(mean if is_last(t, i) else mean + math.sqrt(g2) * NOISE, n)]
+    return [Stage(mean + math.sqrt(g2) * NOISE if m.sigma else mean, n)]
 
 
 # --- ordinary differential equations in the schedule's time ----------------------------------------------------------
