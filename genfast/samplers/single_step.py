@@ -229,5 +229,9 @@ def flow_heun(t: Trajectory, i: int) -> list[Stage]:
 
 def flow_midpoint(t: Trajectory, i: int) -> list[Stage]:
     n, m, y = t[i], t[i + 1], tensor("y")
-    half = t.at_time((n.time + m.time) / 2)
+    middle = (n.time + m.time) / 2
+    if t.schedule is not None and middle < t.schedule.t_min:
+        # No model was trained between the schedule's least noisy time and none.
+        return [Stage(move(n, m), n)]
+    half = t.at_time(middle)
     return [Stage(move(n, half), n, into="y"), Stage(X + path_change(n, m, half, y), half, at="y")]
