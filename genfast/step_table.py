@@ -170,7 +170,7 @@ class StepTable:
         for name, width in columns:
             value = shaped.get(name)
             if value is None:
-                value = torch.zeros(1, width, dtype=torch.float64)
+                value = torch.zeros(1, width, dtype=torch.float64, device=target)
             pieces.append(value.to(target).expand(rows, width))
         self._data: Tensor = torch.cat(pieces, dim=1).contiguous()
         self.rows = rows
