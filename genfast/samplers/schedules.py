@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 
 import numpy as np
 
 from genfast._registry import export
 
 
-class NoiseSchedule:
+class NoiseSchedule(ABC):
     """What a sampler asks of a noise schedule. Arrays and results are float64."""
 
     discrete = False
@@ -34,21 +35,21 @@ class NoiseSchedule:
     def __init__(self, t_min: float, t_max: float, clean_time: float = 0.0):
         self.t_min, self.t_max, self.clean_time = t_min, t_max, clean_time
 
+    @abstractmethod
     def alpha_sigma(self, t) -> tuple[np.ndarray, np.ndarray]:
         """alpha and sigma at times ``t``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def time_at(self, ratio) -> np.ndarray:
         """The time at which sigma / alpha equals ``ratio``."""
-        raise NotImplementedError
 
     def at_ratio(self, ratio) -> tuple[np.ndarray, np.ndarray]:
         """alpha and sigma where sigma / alpha equals ``ratio``."""
         return self.alpha_sigma(self.time_at(ratio))
 
+    @abstractmethod
     def rates(self, t: float) -> tuple[float, float]:
         """d alpha / dt and d sigma / dt at time ``t``."""
-        raise NotImplementedError
 
     def model_time(self, time: float, prediction: str) -> float:
         """The second argument of ``model(x, t)`` at a time of this schedule."""
