@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install -q --disable-pip-version-check
-# Newer than the one that CUDA builds of torch 2.13 ask for, hence put in by itself: the interpreter of earlier ones rounds
-# a fused multiply-add twice, and without a GPU the tests of the Triton kernels would have to be skipped.
-TRITON := triton==3.9.0
+# Newer than the one that CUDA builds of torch 2.13 ask for, hence put in by itself: the interpreter of earlier ones
+# rounds a fused multiply-add twice, and without a GPU the tests of the Triton kernels would have to be skipped.
+# Python 3.10 gets the last one that supports it.
+TRITON := "triton==3.9.0; python_version >= '3.11'" "triton==3.8.0; python_version < '3.11'"
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 KERNEL_TESTS := $(addprefix $(CURDIR)/,tests/test_sampler_step.py tests/test_random.py)
 
@@ -29,7 +30,7 @@ $(VENV)/.torch:
 
 $(VENV)/.tools: $(VENV)/.torch constraints.txt requirements-dev.txt
 	$(PY) $(PIP_INSTALL) -c constraints.txt torch -r requirements-dev.txt
-	$(PY) $(PIP_INSTALL) --no-deps "$(TRITON)"
+	$(PY) $(PIP_INSTALL) --no-deps $(TRITON)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools setup.py pyproject.toml
@@ -68,13 +69,15 @@ COMPAT := .venv-compat
 OLD_PY := $(CURDIR)/$(COMPAT)/bin/python
 $(COMPAT)/.torch-$(OLD_TORCH):
 	test -x $(OLD_PY) || $(PYTHON) -m venv $(COMPAT)
-	$(OLD_PY) $(PIP_INSTALL) "torch==$(OLD_TORCH)" numpy pytest hypothesis
+	$(OLD_PY) $(PIP_INSTALL) "torch==$(OLD_TORCH)" numpy pytest hypothesis scipy tqdm
 	rm -f $(COMPAT)/.torch-* && touch $@
 
+# The samplers too: they are what a change in torch's Python side would reach.
 test-torch-compat: build $(COMPAT)/.torch-$(OLD_TORCH)
 	rm -rf build/compat && mkdir -p build/compat && cp -rL genfast build/compat/genfast
 	cd build/compat && PYTHONPATH=. $(OLD_PY) -c "from genfast import backends as b; assert b.cpu_isa(), b.cpu_missing()"
-	cd build/compat && PYTHONPATH=. $(OLD_PY) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)
+	cd build/compat && PYTHONPATH=. $(OLD_PY) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS) \
+	$(CURDIR)/tests/test_samplers.py
 
 clean:
 	rm -rf build dist *.egg-info genfast/_c*.so genfast/_build_info.json

@@ -222,7 +222,7 @@ class Plan:
         if made:
             first = subprocess.run([*self.compiler.split(), "--version"], capture_output=True, text=True).stdout
             info["compiler"] = first.splitlines()[0] if first else self.compiler
-            info["flags"] = {name: self.flags[name].replace(f"{ROOT}/", "") for name in made}
+            info["flags"] = {name: " ".join(self.flags[name].replace(self.includes, "").split()) for name in made}
             info["sanitize"] = os.environ.get("GENFAST_SANITIZE", "")
         return info
 

@@ -18,6 +18,7 @@ OPTIONAL = {
     "triton": "the Triton backend",
     "nvtx": "ranges under nsys",
     "tqdm": "progress bars of the samplers",
+    "scipy": "the beta spacing of the samplers",
     "sklearn": "the demo",
     "PIL": "the demo's pictures",
     "diffusers": "benchmarks and tests against it",
