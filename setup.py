@@ -81,7 +81,7 @@ class Plan:
 
     def _tools(self) -> dict[str, str] | None:
         cxx = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-        if cxx is None or shutil.which(cxx.split()[0]) is None:
+        if cxx is None or shutil.which(shlex.split(cxx)[0]) is None:
             self.missing = dict.fromkeys(("cpu", "cuda"), f"no C++ compiler was found ({cxx or 'c++, g++, clang++'})")
             return None
         try:
@@ -220,7 +220,7 @@ class Plan:
     def info(self, made: dict[str, Path]) -> dict:
         info = {"version": version(), "modules": sorted(made), "missing": self.missing}
         if made:
-            first = subprocess.run([*self.compiler.split(), "--version"], capture_output=True, text=True).stdout
+            first = subprocess.run([*shlex.split(self.compiler), "--version"], capture_output=True, text=True).stdout
             info["compiler"] = first.splitlines()[0] if first else self.compiler
             info["flags"] = {name: " ".join(self.flags[name].replace(self.includes, "").split()) for name in made}
             info["sanitize"] = os.environ.get("GENFAST_SANITIZE", "")
