@@ -146,8 +146,7 @@ def test_a_case_gives_one_full_row_per_peer():
     missing = Peer("absent", missing="absent is not installed", bars=(Bar("ratio", at_least=5),))
     case = tiny_case(bytes=128, peers=[*tiny_case().peers, missing], bars=(Bar("extra_bytes", at_most=0),))
     measured, unmeasured = harness.measure("sampler_step", case, SETTINGS)
-    assert measured.ratio == pytest.approx(measured.peer_ms / measured.our_ms, rel=0.9)
-    assert measured.ratio_quartiles[0] <= measured.ratio <= measured.ratio_quartiles[1]
+    assert 0 < measured.ratio_quartiles[0] <= measured.ratio <= measured.ratio_quartiles[1]
     assert measured.floor_ms > 0 and measured.floor_percent > 0 and measured.copy_gb_per_s > 0
     assert measured.our_error == 0 and measured.peer_error == 0 and measured.accurate
     assert measured.our_peak_bytes >= 64 and measured.peer_peak_bytes == 64
