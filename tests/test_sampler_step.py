@@ -414,6 +414,19 @@ def test_bad_input(name):
     assert torch.equal(out.nan_to_num(), snapshot.nan_to_num())
 
 
+class _Elsewhere(torch.Generator):
+    """A generator that says it is on a GPU, for machines without one."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+def test_a_generator_on_another_device_is_refused():
+    out = torch.full((2, 3), 7.0)
+    with pytest.raises(ValueError, match="generator is on cuda; expected one on cpu"):
+        genfast.sampler_step([X, M], NOISY, generator=_Elsewhere(), out=out)
+    assert (out == 7).all()
+
+
 def test_overlapping_outputs_are_refused():
     buffer = torch.randn(10)
     with pytest.raises(ValueError, match="out overlaps"):
