@@ -79,6 +79,15 @@ def test_verify_names_what_it_cannot_do(capsys):
         assert "backend 'cuda' was asked for, but" in capsys.readouterr().err
 
 
+def test_verify_of_nothing_is_no_pass(monkeypatch, capsys):
+    import genfast
+    from genfast import checks
+
+    monkeypatch.setattr(checks, "_places", lambda names: [])
+    assert genfast.verify(["sampler_step"]) is False
+    assert "no fused backend runs on this machine" in capsys.readouterr().out
+
+
 def test_verify_fails_when_a_kernel_is_wrong(monkeypatch, capsys):
     from genfast.checks import sampler_step as family
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from genfast.checks import compare
-from genfast.ops.sampler_step import sampler_step
+from genfast.ops.sampler_step import randn, sampler_step
+from genfast.random import reference_normal
 from genfast.reference.sampler_step import sampler_step as reference
 from genfast.step_table import StepTable
 
@@ -51,8 +52,19 @@ class StepCase:
         return " ".join(parts + ([] if self.layout == "contiguous" else [self.layout]))
 
 
-def cases(quick: bool = False) -> list[StepCase]:
-    """The list that ``genfast verify`` runs; ``quick`` keeps every third."""
+@dataclass(frozen=True)
+class DrawCase:
+    """Noise drawn in the kernel, which must be the specification's to the bit."""
+
+    shape: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]} randn, exact"
+
+
+def cases(quick: bool = False) -> list[StepCase | DrawCase]:
+    """The list that ``genfast verify`` runs; ``quick`` keeps every third, and the draws."""
     odd, image = (3, 5, 7, 11), (2, 4, 16, 16)
     found = [StepCase(odd, inputs=n) for n in range(1, 9)]
     found += [
@@ -79,7 +91,7 @@ def cases(quick: bool = False) -> list[StepCase]:
     found += [StepCase(shape, features=("x0", "clip", "philox")) for shape in ((), (1,), (7,), (0, 4), (4, 0), (1, 64))]
     # Large enough for several tiles and threads.
     found += [StepCase((3, 40_009), 4, f) for f in (("second",), ("x0", "threshold", "philox"), ("cfg", "rescale"))]
-    return found[::3] if quick else found
+    return [DrawCase((3, 1)), DrawCase((2, 1537)), *(found[::3] if quick else found)]
 
 
 def build(case: StepCase, device: str = "cpu"):
@@ -136,8 +148,15 @@ def build(case: StepCase, device: str = "cpu"):
     return [tensor(k) for k in range(n)], table, options
 
 
-def check(case: StepCase, device: str = "cpu") -> tuple[float, float]:
+def check(case: StepCase | DrawCase, device: str = "cpu") -> tuple[float, float]:
     """The largest error of the backend in use, and the error allowed."""
+    if isinstance(case, DrawCase):
+        address = dict(seed=0x1234_5678_9ABC_DEF0, stream=7, offset=3)
+        got, want = (
+            randn(*case.shape, device=device, **address),
+            reference_normal(*case.shape, device=device, **address),
+        )
+        return (0.0 if torch.equal(got, want) else math.inf), 0.0
     inputs, table, options = build(case, device)
     got = _as_tuple(sampler_step(inputs, table, **options))
     wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
