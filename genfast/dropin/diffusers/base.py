@@ -1,0 +1,423 @@
+"""What every fused scheduler shares: a plan of coefficients that follows the scheduler's state, and one call per step.
+
+A drop-in class inherits from :class:`Fused` and from the scheduler it stands in for, in this order. It builds its
+coefficient tables in ``set_timesteps`` (:meth:`Fused.build`), looks them up in ``step`` (:meth:`Fused.current_plan`) and
+makes one call of :func:`fused`, which answers ``NotImplemented`` for anything that the kernels do not take (gradients,
+tensors that must broadcast, tensor subclasses, other devices): ``step`` then hands the call to the peer's own code. The
+attributes that the peer keeps (``sigmas``, ``model_outputs``, ``step_index``, ...) stay live and mean what they mean
+there, so the two kinds of step can be mixed within one loop.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import fields
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from genfast.ops.sampler_step import FLOATS, sampler_step
+from genfast.ops.sampler_step import _hot_path as hot_path
+from genfast.step_table import StepTable
+
+INTEGERS = (torch.int64, torch.int32)
+
+
+def is_level(timestep) -> bool:
+    """Whether a timestep may index a schedule of real numbers; whole numbers are refused by these peers."""
+    if isinstance(timestep, Tensor):
+        return timestep.dtype not in INTEGERS
+    return not isinstance(timestep, int)
+
+
+class Rows(NamedTuple):
+    """A table and the rows of it that may run."""
+
+    table: StepTable
+    usable: tuple[bool, ...]  # False: the peer's own arithmetic is not finite there
+    draws: tuple[bool, ...] | None  # where the peer draws noise, be its weight zero or not; None: at every row
+
+
+def rows(coefficients, *, usable=True, draws=None, **parts) -> Rows:
+    """A :class:`Rows` of the arguments of :class:`StepTable`; rows that are not finite are left to the peer.
+
+    Args:
+        usable: [rows], False for rows that have no fused form.
+        draws: [rows], where the peer draws noise (all of them by default).
+    """
+    coefficients = np.atleast_2d(np.asarray(coefficients, np.float64))
+    count = len(coefficients)
+    given = {name: np.asarray(value, np.float64) for name, value in parts.items() if value is not None}
+    good = np.isfinite(coefficients).all(1) & usable
+    for name, value in given.items():
+        finite = np.isfinite(value)
+        if name in ("second", "to_x0", "log_std"):
+            finite = np.atleast_2d(finite).all(1)
+        good = good & np.broadcast_to(finite, (count,))
+    if not good.all():
+        coefficients = np.where(good[:, None], coefficients, 0.0)
+        for name, value in given.items():
+            matrix = name in ("second", "to_x0", "log_std")
+            given[name] = np.where(good[:, None] if matrix else good, value, 0.0)
+    return Rows(
+        StepTable(coefficients, **given), tuple(good.tolist()), None if draws is None else tuple(draws.tolist())
+    )
+
+
+class Plan:
+    """The coefficients of one schedule, and what they were made from.
+
+    Attributes:
+        tables: one :class:`Rows` per setting that a call of ``step`` chooses (eta, churn, ...), or None where the
+            setting has no fused form.
+        clip, threshold, possible: see :func:`limits`.
+        Anything else that a scheduler's ``build`` wants to keep.
+    """
+
+    MOST_TABLES = 64  # a caller that changes eta at every step must not fill the memory
+
+    def __init__(self, **extra: Any):
+        self.tables: dict[Any, Rows | None] = {}
+        self.__dict__.update(extra)
+
+    def rows(self, key, make) -> Rows | None:
+        """The table for ``key``, made by ``make(plan, *key)`` at its first use; None where there is no fused form."""
+        if not self.possible:
+            return None
+        try:
+            return self.tables[key]
+        except KeyError:
+            if len(self.tables) >= self.MOST_TABLES:
+                self.tables.clear()
+            made = self.tables[key] = make(self, *key)
+            return made
+        except TypeError:  # a key that cannot be hashed
+            return None
+
+
+class Fused:
+    """Mixin for a scheduler of diffusers whose ``step`` runs as one kernel.
+
+    Subclasses set ``watched``, the names of the attributes that the tables are computed from, tensors first,
+    ``default_key``, the setting of a plain call of ``step``, and write ``make_rows`` and ``build``. A table is rebuilt when one of them is replaced, when the first is changed in place, and when the
+    configuration changes.
+
+    Attributes:
+        noise_seed: None, or the seed of in-kernel noise (see ``genfast.random``) for every step that draws; noise is
+            then drawn inside the kernel and ``step``'s generator is not used.
+    """
+
+    watched: tuple[str, ...] = ("sigmas",)
+    default_key: tuple = ()
+    noise_seed: int | Tensor | None = None
+    num_inference_steps: int | None = None
+    _plan: Plan | None = None
+    _index: tuple | None = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._state = attrgetter(*cls.watched, "_internal_dict", "num_inference_steps")
+
+    def build(self) -> Plan:
+        """A new :class:`Plan` of the present schedule, with what the steps need beside tables."""
+        return Plan()
+
+    def make_rows(self, plan: Plan, *key) -> Rows | None:
+        """The table for one setting of ``step``; None if it has no fused form."""
+        raise NotImplementedError
+
+    def current_plan(self) -> Plan:
+        """The plan, rebuilt if anything it was made from has changed."""
+        plan = self._plan
+        if plan is not None:
+            state = self._state(self)
+            if all(map(is_, plan.state, state)) and (plan.version is None or plan.version == state[0]._version):
+                return plan
+        return self.new_plan()
+
+    def current_rows(self, *key) -> Rows | None:
+        """The table of the present schedule for one setting of ``step``."""
+        return self.current_plan().rows(key, self.make_rows)
+
+    def new_plan(self) -> Plan:
+        state = self._state(self)
+        plan = self.build()
+        plan.state, plan.version = state, version_of(state[0])
+        plan.clip, plan.threshold, plan.possible = limits(self.config)
+        self._plan = plan
+        return plan
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.new_plan().rows(self.default_key, self.make_rows)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        return {k: v for k, v in state.items() if k not in ("_plan", "_index")}
+
+    # --- the position in the schedule, without `nonzero` or a copy to the host -------------------------------------
+
+    def host_timesteps(self) -> HostTimesteps:
+        """``timesteps`` on the host, read once per schedule."""
+        known, timesteps = self._index, self.timesteps
+        if known is None or known.timesteps is not timesteps or known.version != version_of(timesteps):
+            known = self._index = HostTimesteps(timesteps)
+        return known
+
+    def host_timestep(self, timestep):
+        """The number in a timestep: a number, or a tensor whose memory is that of one of ``timesteps``; else None.
+
+        A loop over ``timesteps`` hands out views of it, so the address tells the position without a copy to the host.
+        """
+        if type(timestep) is not Tensor:
+            return None if isinstance(timestep, Tensor) else timestep
+        known = self.host_timesteps()
+        place = known.place(timestep)
+        if place is not None:
+            return known.values[place]
+        return timestep.item() if timestep.is_cpu and timestep.numel() == 1 else None
+
+    def index_for_timestep(self, timestep, schedule_timesteps=None):
+        if schedule_timesteps is None or schedule_timesteps is self.timesteps:
+            value = self.host_timestep(timestep)
+            if value is not None:
+                places = self.host_timesteps().places.get(value)
+                if places is not None:
+                    # A schedule that visits a level twice starts at the second visit: an image-to-image run that
+                    # enters there must not take the first half of a step it has not begun.
+                    return places[1] if len(places) > 1 else places[0]
+        if schedule_timesteps is None:
+            return super().index_for_timestep(timestep)
+        return super().index_for_timestep(timestep, schedule_timesteps)
+
+
+class HostTimesteps:
+    """The values of a ``timesteps`` tensor, every position of each value, and where in memory they lie."""
+
+    def __init__(self, timesteps: Tensor):
+        self.timesteps, self.version = timesteps, version_of(timesteps)
+        self.values = timesteps.tolist()
+        self.places: dict[float, list[int]] = {}
+        for i, value in enumerate(self.values):
+            self.places.setdefault(value, []).append(i)
+        self.dtype, self.size, self.address = timesteps.dtype, timesteps.element_size(), None
+        if timesteps.is_contiguous() and timesteps.dim() == 1:
+            self.address = timesteps.data_ptr()
+
+    def place(self, timestep: Tensor) -> int | None:
+        """The position of a 0-d view of ``timesteps``; None for any other tensor."""
+        if self.address is None or timestep.dtype is not self.dtype or timestep.dim():
+            return None
+        place, rest = divmod(timestep.data_ptr() - self.address, self.size)
+        return place if not rest and 0 <= place < len(self.values) else None
+
+
+def version_of(t) -> int | None:
+    """The counter of in-place changes of a tensor; None where there is none (inference mode, a list)."""
+    return t._version if isinstance(t, Tensor) and not t.is_inference() else None
+
+
+def plain(*tensors) -> bool:
+    """Whether the kernels take these tensors as they are; if not, the step is the peer's."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.device.type not in ("cpu", "cuda"):
+        return False
+    shape, device = first.shape, first.device
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return False
+        if t.dtype not in FLOATS or t.shape != shape or t.device != device or t.layout is not torch.strided:
+            return False
+        if (grad and t.requires_grad) or torch._C._functorch.is_functorch_wrapped_tensor(t):
+            return False
+    return True
+
+
+def fused(
+    inputs: tuple,
+    rows: Rows | None,
+    row: int,
+    dtype: torch.dtype,
+    second_dtype: torch.dtype | None = None,
+    clip=None,
+    threshold=None,
+    log_variance: Tensor | None = None,
+    draw=None,
+    seed: int | Tensor | None = None,
+):
+    """``sampler_step`` for a scheduler's step: the result, or ``NotImplemented`` if the peer must do it.
+
+    Args:
+        inputs: the state first, then the model's output, then history.
+        rows, row: the coefficients; no rows, or a row that is missing or not usable, is left to the peer.
+        dtype, second_dtype: what the peer returns for these inputs; ``second_dtype`` is ``dtype`` by default.
+        draw: makes the peer's noise; called only when the row draws, no seed is in force and the step will run fused.
+        The rest: as in :func:`genfast.sampler_step`.
+    """
+    if rows is None or not 0 <= row < len(rows.usable) or not rows.usable[row]:
+        return NotImplemented
+    table = rows.table
+    noise = None
+    if draw is None or not (rows.draws is None or rows.draws[row]):
+        seed = None
+    elif seed is None:
+        if not plain(*inputs):
+            return NotImplemented
+        noise = draw()
+    if not table.has_noise:  # the peer draws, and multiplies with zero
+        noise = seed = None
+    if dtype is inputs[0].dtype and (second_dtype is None or second_dtype is dtype) and not is_compiling():
+        result = hot_path.run(
+            inputs,
+            table,
+            row,
+            None,
+            None,
+            0.0,
+            clip,
+            threshold,
+            log_variance,
+            noise,
+            None,
+            seed,
+            0,
+            0,
+            None,
+            None,
+            None,
+        )
+        if result is not NotImplemented:
+            return result
+    if not plain(*inputs, *(t for t in (log_variance, noise) if t is not None)) or (
+        threshold is not None and inputs[0].dim() < 2
+    ):
+        return NotImplemented
+    second = None
+    if table.has_second and second_dtype is not None and second_dtype is not dtype:
+        second = torch.empty_like(inputs[0], dtype=second_dtype)
+    return sampler_step(
+        inputs,
+        table.to(inputs[0].device),
+        step=row,
+        clip=clip,
+        threshold=threshold,
+        log_variance=log_variance,
+        noise=noise,
+        seed=seed,
+        dtype=dtype,
+        second_out=second,
+    )
+
+
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """The dtype of eager arithmetic on these tensors with 0-d float32 coefficients."""
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        if t.dtype is not dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def check_seed(scheduler: Fused, generator, seed):
+    """The seed in force for in-kernel noise, or None for the peer's draws."""
+    if seed is None:
+        return scheduler.noise_seed
+    if generator is not None:
+        raise ValueError("seed and generator exclude each other: give one source of noise")
+    return seed
+
+
+def needs_generator(seed) -> None:
+    """Called before a step is left to the peer's code, which cannot draw in-kernel noise."""
+    if seed is not None:
+        raise ValueError(
+            "in-kernel noise (seed=) needs a step that runs fused: dense float tensors of one shape on cpu or cuda, "
+            "without gradients, and a configuration that has a fused form; use generator= here"
+        )
+
+
+def levels(t: Tensor) -> Tensor:
+    """A schedule tensor on the host in float32, where the peers do their scalar arithmetic.
+
+    Coefficients are made from it with the peer's own operators and in its order (``** 0.5`` is not ``sqrt`` to the
+    last bit, and NumPy's logarithm is not torch's): one sequence of roundings for the whole schedule at once. What a
+    row combines from them is float64.
+    """
+    return t.detach().to("cpu", torch.float32)
+
+
+# --- what several schedulers compute alike ---------------------------------------------------------------------------
+
+
+def limits(config) -> tuple[tuple | None, tuple | None, bool]:
+    """(clip, threshold, whether the kernels can do it) of a configuration with the usual clipping options."""
+    if config.get("thresholding"):
+        ratio, most = config.dynamic_thresholding_ratio, config.sample_max_value
+        return None, (ratio, most), 0 <= ratio <= 1 and 1 <= most < float("inf")
+    if config.get("clip_sample"):
+        most = config.get("clip_sample_range", 1.0)
+        return (-float(most), float(most)), None, 0 <= most < float("inf")
+    return None, None, True
+
+
+def x0_eps_columns(prediction: str, alpha_bar: Tensor):
+    """(k, m, e, f) of x0 = k x + m output and eps = e x + f output, float64 [rows]; None for an unknown prediction.
+
+    As in the peers, eps comes from x0 where the model predicts x0.
+    """
+    sa, sb = (alpha_bar**0.5).double(), ((1 - alpha_bar) ** 0.5).double()
+    zero, one = torch.zeros_like(sa), torch.ones_like(sa)
+    if prediction == "epsilon":
+        return 1 / sa, -sb / sa, zero, one
+    if prediction == "sample":
+        return zero, one, 1 / sb, -sa / sb
+    if prediction == "v_prediction":
+        return sa, -sb, sb, sa
+    return None
+
+
+def columns(*parts: Tensor) -> Tensor:
+    """float64 [rows, columns] of one tensor [rows] per column."""
+    return torch.stack([part.double() for part in parts], 1)
+
+
+# --- output objects --------------------------------------------------------------------------------------------------
+
+_set_item = OrderedDict.__setitem__
+
+
+def output_maker(cls):
+    """A function that makes a peer's output object from its fields, which must be tensors.
+
+    The result is what ``cls(...)`` gives: an ordered dictionary whose items are attributes too. The peer's constructor
+    finds that out with ``dataclasses.fields`` at every call, which costs as much as a small step.
+    """
+    names = tuple(f.name for f in fields(cls))
+    new = cls.__new__
+    if len(names) == 1:
+        (name,) = names
+
+        def make(value):
+            output = new(cls)
+            _set_item(output, name, value)
+            output.__dict__[name] = value
+            return output
+
+        return make
+    first, second = names
+
+    def make_pair(value, other):
+        output = new(cls)
+        _set_item(output, first, value)
+        _set_item(output, second, other)
+        attributes = output.__dict__
+        attributes[first] = value
+        attributes[second] = other
+        return output
+
+    return make_pair
