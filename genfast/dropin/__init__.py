@@ -1,1 +1,16 @@
-"""Drop-in samplers: one module (or package) per peer project, with the peer's own names and signatures."""
+"""Drop-in samplers: one module (or package) per peer project, with the peer's own names and signatures.
+
+======================== ============================ =====================================================
+module                   peer                         one line
+======================== ============================ =====================================================
+``dropin.diffusers``     diffusers                    ``genfast.patch("diffusers")``, ``genfast.accelerate(pipe)``
+``dropin.k_diffusion``   k-diffusion                  ``genfast.patch("k_diffusion")``
+``dropin.edm``           EDM (Karras et al. 2022)     ``from genfast.dropin.edm import edm_sampler``
+``dropin.score_sde``     score_sde_pytorch            ``from genfast.dropin.score_sde import get_pc_sampler``
+``dropin.flow_matching`` flow_matching, torchcfm      ``from genfast.dropin.flow_matching import ODESolver``
+======================== ============================ =====================================================
+
+A peer is imported only when its drop-in is.
+"""
+
+from genfast.dropin import patching  # noqa: F401

@@ -1,5 +1,20 @@
-"""Schedulers of diffusers with fused steps."""
+"""The schedulers of diffusers with a fused ``step``: the same classes by inheritance, one kernel a step.
 
+Configuration, ``set_timesteps``, ``add_noise``, ``scale_model_input``, attributes, output objects, pickling,
+``save_pretrained``: all as in diffusers. The same generator gives the same sample, to a few units in the last place in
+float32; in half precision the arithmetic of a step is float32 with one rounding at its end, where the peer rounds in
+between. Every stochastic ``step`` also takes ``seed=``, noise drawn inside the kernel. A configuration or a call without
+a fused form (gradients, broadcasting, tensor subclasses, other devices) runs the peer's own ``step``.
+"""
+
+from genfast.dropin.diffusers.base import peer_class
 from genfast.dropin.diffusers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from genfast.dropin.diffusers.euler import EulerDiscreteScheduler
 from genfast.dropin.diffusers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+
+__all__ = [name for name in dir() if name.endswith("Scheduler")]
+
+
+def replacements() -> list[tuple[type, type]]:
+    """(theirs, ours) for every class of this package."""
+    return [(peer_class(cls), cls) for cls in map(globals().get, __all__)]

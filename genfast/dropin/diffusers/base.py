@@ -155,9 +155,17 @@ class Fused:
         super().set_timesteps(*args, **kwargs)
         self.new_plan().rows(self.default_key, self.make_rows)
 
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls)
+        self.adopt()
+        return self
+
+    def adopt(self) -> None:
+        """Let pipelines save this scheduler as the peer's: they write down the module that an instance names."""
+        self.__dict__["__module__"] = peer_class(type(self)).__module__
+
     def __getstate__(self):
-        state = super().__getstate__()
-        return {k: v for k, v in state.items() if k not in ("_plan", "_index")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plan", "_index")}
 
     # --- the position in the schedule, without `nonzero` or a copy to the host -------------------------------------
 
@@ -193,6 +201,11 @@ class Fused:
         if schedule_timesteps is None:
             return super().index_for_timestep(timestep)
         return super().index_for_timestep(timestep, schedule_timesteps)
+
+
+def peer_class(cls: type) -> type:
+    """The class of diffusers that a drop-in class stands in for."""
+    return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers."))
 
 
 class HostTimesteps:
