@@ -3,28 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/dlpack.h"
+#include "cpu/pool.h"
 #include "cpu/sampler_step.h"
 
 namespace genfast {
 namespace {
-
-// The part of the DLPack exchange protocol (version 1.3 on) that is used here: one C call that shows a tensor without
-// taking it. Layouts are fixed by the protocol's binary interface.
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id, ndim;
-  uint8_t type_code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct DLPackExchangeAPI {
-  uint32_t major, minor;
-  void *previous, *allocate, *from_object, *to_object;
-  int (*show)(void* object, DLTensor* out);
-};
-constexpr int32_t kDLCpu = 1;
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
 
 // An attribute or a method without arguments of torch.Tensor. Calling the C function behind the descriptor skips the
 // look-up along the type's bases, which is half of the price of `t.dtype`.
@@ -76,11 +60,10 @@ struct Types {
 };
 Types types;
 
-constexpr int kMaxDims = 8;
-
 struct View {
   char* data = nullptr;
   int dtype = -1, dims = 0;
+  bool contiguous = false;  // with the usual strides, those of dimensions of size 1 included
   int64_t shape[kMaxDims], batch_stride = 0;
   int64_t batch() const { return dims ? shape[0] : 1; }
   int64_t inner() const {
@@ -133,12 +116,17 @@ bool view_by_dlpack(PyObject* t, View& v) {
   v.data = static_cast<char*>(d.data) + d.byte_offset;
   v.dims = d.ndim;
   int64_t dense = 1;
+  bool usual = true;
   for (int k = d.ndim - 1; k > 0; k--) {
     v.shape[k] = d.shape[k];
-    if (d.shape[k] != 1 && d.strides && d.strides[k] != dense) return false;
+    if (d.strides && d.strides[k] != dense) {
+      if (d.shape[k] != 1) return false;
+      usual = false;
+    }
     dense *= d.shape[k];
   }
   if (d.ndim > 0) v.shape[0] = d.shape[0];
+  v.contiguous = usual && (d.ndim == 0 || !d.strides || d.strides[0] == dense);
   v.batch_stride = d.ndim > 0 && d.shape[0] > 1 && d.strides ? d.strides[0] : dense;
   // Views of complex tensors may negate what they show; the last stride gives them away even at size 1.
   return d.ndim == 0 || !d.strides || d.strides[d.ndim - 1] == 1;
@@ -329,11 +317,27 @@ bool read_arguments(PyObject* const* v, Call& call, int& flags) {
   return has_second || v[kSecondOut] == Py_None;
 }
 
+// A new tensor in memory of the pool, with the shape of the inputs, which have the usual strides. A new reference, or
+// null if torch cannot take it.
+PyObject* new_output(const Call& call, int dtype, Operand& o) {
+  constexpr uint8_t codes[4] = {kDLFloat, kDLBfloat, kDLFloat, kDLFloat};
+  DLManagedTensor* memory =
+      pool_take(call.like.dims, call.like.shape, codes[dtype], (uint8_t)(8 * element_size(dtype)));
+  if (!memory) return nullptr;
+  o.data = static_cast<char*>(memory->tensor.data);
+  o.dtype = dtype;
+  o.batch_stride = call.args.inner;
+  void* object = nullptr;
+  return types.dlpack->to_object(memory, &object) == 0 ? static_cast<PyObject*>(object) : nullptr;
+}
+
 // A given output, or a new one like the first input. Returns a new reference, or null for the checked path.
 PyObject* take_output(PyObject* given, PyObject* first, Call& call, Operand& o) {
   PyObject* output = given;
   if (given != Py_None) {
     Py_INCREF(given);
+  } else if (types.dlpack && types.dlpack->to_object && call.like.contiguous) {
+    return new_output(call, call.like.dtype, o);
   } else if (!(output = PyObject_CallOneArg(types.empty_like, first))) {
     return nullptr;
   }
@@ -425,6 +429,8 @@ void register_direct(pybind11::module_& module) {
       },
       "Tell the module torch.Tensor, StepTable, torch.empty_like, the context variable of the backend and [float32, "
       "bfloat16, float16, float64].");
+  module.def("release_memory", &pool_release,
+             "Give the memory that is kept for the next results back to the system; the number of bytes.");
   PyObject* function = PyCFunction_NewEx(&direct_method, nullptr, nullptr);
   module.add_object("sampler_step_direct", pybind11::reinterpret_steal<pybind11::object>(function));
 }

@@ -1,8 +1,7 @@
 """What every fused scheduler shares: a plan of coefficients that follows the scheduler's state, and one call per step.
 
 A drop-in class inherits from :class:`Fused` and from the scheduler it stands in for, in this order. It builds its
-coefficient tables in ``set_timesteps`` (:meth:`Fused.build`), looks them up in ``step`` (:meth:`Fused.current_plan`) and
-makes one call of :func:`fused`, which answers ``NotImplemented`` for anything that the kernels do not take (gradients,
+coefficient tables in ``set_timesteps`` (:meth:`Fused.make_rows`), looks them up in ``step`` and makes one call of :func:`fused`, which answers ``NotImplemented`` for anything that the kernels do not take (gradients,
 tensors that must broadcast, tensor subclasses, other devices): ``step`` then hands the call to the peer's own code. The
 attributes that the peer keeps (``sigmas``, ``model_outputs``, ``step_index``, ...) stay live and mean what they mean
 there, so the two kinds of step can be mixed within one loop.
@@ -10,9 +9,9 @@ there, so the two kinds of step can be mixed within one loop.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from dataclasses import fields
-from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,8 +102,9 @@ class Fused:
     """Mixin for a scheduler of diffusers whose ``step`` runs as one kernel.
 
     Subclasses set ``watched``, the names of the attributes that the tables are computed from, tensors first,
-    ``default_key``, the setting of a plain call of ``step``, and write ``make_rows`` and ``build``. A table is rebuilt when one of them is replaced, when the first is changed in place, and when the
-    configuration changes.
+    ``default_key``, the setting of a plain call of ``step``, and write ``make_rows`` and ``build``. A table is made in
+    ``set_timesteps``, and again when one of the watched attributes is replaced, when the first is changed in place, and
+    when the configuration changes; a schedule that was seen before finds its tables again.
 
     Attributes:
         noise_seed: None, or the seed of in-kernel noise (see ``genfast.random``) for every step that draws; noise is
@@ -114,13 +114,22 @@ class Fused:
     watched: tuple[str, ...] = ("sigmas",)
     default_key: tuple = ()
     noise_seed: int | Tensor | None = None
-    num_inference_steps: int | None = None
     _plan: Plan | None = None
-    _index: tuple | None = None
+    _index: HostTimesteps | None = None
+    _unsaved = ("_plan", "_index", "_known_plans")
+
+    MOST_PLANS = 8
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls._state = attrgetter(*cls.watched, "_internal_dict", "num_inference_steps")
+        peer = peer_class(cls)
+        if peer is None:  # a mixin between this one and the classes
+            return
+        for name in cls.watched:
+            setattr(cls, name, Watched(name))
+        cls.num_inference_steps = WatchedCount("num_inference_steps")
+        if "set_timesteps" not in vars(cls) and hasattr(peer, "set_timesteps"):
+            cls.set_timesteps = _planning(peer.set_timesteps)
 
     def build(self) -> Plan:
         """A new :class:`Plan` of the present schedule, with what the steps need beside tables."""
@@ -131,29 +140,37 @@ class Fused:
         raise NotImplementedError
 
     def current_plan(self) -> Plan:
-        """The plan, rebuilt if anything it was made from has changed."""
+        """The plan of the present schedule, which is made anew if anything it was made from has changed."""
         plan = self._plan
-        if plan is not None:
-            state = self._state(self)
-            if all(map(is_, plan.state, state)) and (plan.version is None or plan.version == state[0]._version):
-                return plan
-        return self.new_plan()
+        if plan is None or plan.config is not self._internal_dict or plan.version != plan.source._version:
+            return self.new_plan()
+        return plan
 
     def current_rows(self, *key) -> Rows | None:
         """The table of the present schedule for one setting of ``step``."""
         return self.current_plan().rows(key, self.make_rows)
 
     def new_plan(self) -> Plan:
-        state = self._state(self)
-        plan = self.build()
-        plan.state, plan.version = state, version_of(state[0])
-        plan.clip, plan.threshold, plan.possible = limits(self.config)
+        attributes = self.__dict__
+        values = [attributes.get(name) for name in (*self.watched, "num_inference_steps")]
+        config = self._internal_dict
+        key = tuple(map(_content, values))
+        known = attributes.setdefault("_known_plans", {})
+        plan = known.pop(key, None)
+        if plan is None or plan.config is not config:
+            if isinstance(values[0], Tensor):
+                plan = self.build()
+                plan.clip, plan.threshold, plan.possible = limits(config)
+            else:
+                plan = Plan(clip=None, threshold=None, possible=False)
+            plan.config = config
+        known[key] = plan
+        if len(known) > self.MOST_PLANS:
+            del known[next(iter(known))]
+        plan.version = version_of(values[0])
+        plan.source = values[0] if plan.version is not None else _unversioned
         self._plan = plan
         return plan
-
-    def set_timesteps(self, *args, **kwargs):
-        super().set_timesteps(*args, **kwargs)
-        self.new_plan().rows(self.default_key, self.make_rows)
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -165,7 +182,7 @@ class Fused:
         self.__dict__["__module__"] = peer_class(type(self)).__module__
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ("_plan", "_index")}
+        return {k: v for k, v in self.__dict__.items() if k not in self._unsaved}
 
     # --- the position in the schedule, without `nonzero` or a copy to the host -------------------------------------
 
@@ -203,9 +220,49 @@ class Fused:
         return super().index_for_timestep(timestep, schedule_timesteps)
 
 
-def peer_class(cls: type) -> type:
+class Watched:
+    """An attribute whose replacement makes the plan void. Reading it is not slower: there is no ``__get__``."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __set__(self, scheduler, value):
+        attributes = scheduler.__dict__
+        if attributes.get(self.name) is not value:
+            attributes[self.name] = value
+            scheduler._plan = None
+
+
+class WatchedCount(Watched):
+    """The same for one that some peers do not set before ``set_timesteps``: None until then."""
+
+    def __get__(self, scheduler, owner=None):
+        return self if scheduler is None else scheduler.__dict__.get(self.name)
+
+
+class _unversioned:
+    _version = None
+
+
+def _content(value):
+    """What identifies a watched value: the numbers of a tensor."""
+    if not isinstance(value, Tensor):
+        return value if isinstance(value, (int, float, bool, type(None))) else id(value)
+    return value.dtype, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _planning(peer_set_timesteps):
+    @functools.wraps(peer_set_timesteps)  # pipelines look at the signature
+    def set_timesteps(self, *args, **kwargs):
+        peer_set_timesteps(self, *args, **kwargs)
+        self.new_plan().rows(self.default_key, self.make_rows)
+
+    return set_timesteps
+
+
+def peer_class(cls: type) -> type | None:
     """The class of diffusers that a drop-in class stands in for."""
-    return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers."))
+    return next((base for base in cls.__mro__ if base.__module__.startswith("diffusers.")), None)
 
 
 class HostTimesteps:
