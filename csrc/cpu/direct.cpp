@@ -232,16 +232,27 @@ enum Argument {
   kArguments
 };
 
-// Everything but the outputs; false leaves the call to the checked path.
-bool read_arguments(PyObject* const* v, Call& call, int& flags) {
+// Everything that a table tells; `noisy` then says per row whether its noise weights are not zero.
+bool read_table(PyObject* table, Call& call, int& flags, const char*& noisy) {
   StepArgs& a = call.args;
-  if (v[kThresholdArg] != Py_None || v[kGenerator] != Py_None) return false;
-  PyObject* inputs = v[kInputs];
-  if (!PyList_CheckExact(inputs) && !PyTuple_CheckExact(inputs)) return false;
-  const Py_ssize_t n = PySequence_Fast_GET_SIZE(inputs);
-  if (n < 1 || n > kMaxInputs) return false;
-  PyObject** tensors = PySequence_Fast_ITEMS(inputs);
-  if (!view(tensors[0], call.like)) return false;
+  if ((PyObject*)Py_TYPE(table) != types.table) return false;
+  Ref host(PyObject_GetAttr(table, types.host));
+  if (!host.p || !PyTuple_CheckExact(host.p)) return false;
+  View data;
+  if (!view(PyTuple_GET_ITEM(host.p, 0), data) || data.dtype != 3) return false;
+  a.table = reinterpret_cast<const double*>(data.data);
+  a.rows = PyLong_AsLongLong(PyTuple_GET_ITEM(host.p, 1));
+  if (PyLong_AsLong(PyTuple_GET_ITEM(host.p, 2)) != a.inputs) return false;
+  flags = (int)PyLong_AsLong(PyTuple_GET_ITEM(host.p, 3));
+  noisy = PyBytes_AS_STRING(PyTuple_GET_ITEM(host.p, 4));  // lives as long as the table, which the caller holds
+  a.has_x0 = flags & 1;
+  a.has_log_std = flags & 8;
+  return true;
+}
+
+bool read_inputs(PyObject* const* tensors, Py_ssize_t n, Call& call) {
+  StepArgs& a = call.args;
+  if (n < 1 || n > kMaxInputs || !view(tensors[0], call.like)) return false;
   a.batch = call.like.batch();
   a.inner = call.like.inner();
   if (call.numel() <= 0) return false;
@@ -251,20 +262,34 @@ bool read_arguments(PyObject* const* v, Call& call, int& flags) {
     if (tensors[i] == Py_None || !take_reader(tensors[i], call, a.x[i])) return false;
   }
   for (Py_ssize_t i = 0; i < n; i++) a.float64 |= a.x[i].dtype == 3;
+  return true;
+}
 
-  if ((PyObject*)Py_TYPE(v[kTable]) != types.table) return false;
-  Ref host(PyObject_GetAttr(v[kTable], types.host));
-  if (!host.p || !PyTuple_CheckExact(host.p)) return false;
-  View table;
-  if (!view(PyTuple_GET_ITEM(host.p, 0), table) || table.dtype != 3) return false;
-  a.table = reinterpret_cast<const double*>(table.data);
-  a.rows = PyLong_AsLongLong(PyTuple_GET_ITEM(host.p, 1));
-  if (PyLong_AsLong(PyTuple_GET_ITEM(host.p, 2)) != n) return false;
-  flags = (int)PyLong_AsLong(PyTuple_GET_ITEM(host.p, 3));
-  const char* noisy = PyBytes_AS_STRING(PyTuple_GET_ITEM(host.p, 4));
+bool read_clip(PyObject* clip, StepArgs& a) {
+  if (clip == Py_None) return true;
+  if (!a.has_x0) return false;
+  if (PyTuple_CheckExact(clip) && PyTuple_GET_SIZE(clip) == 2) {
+    if (!take_number(PyTuple_GET_ITEM(clip, 0), a.low)) return false;
+    if (!take_number(PyTuple_GET_ITEM(clip, 1), a.high)) return false;
+  } else {
+    if (!take_number(clip, a.high)) return false;
+    a.low = -a.high;
+  }
+  a.limit = kClip;
+  return a.low <= a.high;
+}
+
+// Everything but the outputs; false leaves the call to the checked path.
+bool read_arguments(PyObject* const* v, Call& call, int& flags) {
+  StepArgs& a = call.args;
+  if (v[kThresholdArg] != Py_None || v[kGenerator] != Py_None) return false;
+  PyObject* inputs = v[kInputs];
+  if (!PyList_CheckExact(inputs) && !PyTuple_CheckExact(inputs)) return false;
+  const Py_ssize_t n = PySequence_Fast_GET_SIZE(inputs);
+  if (!read_inputs(PySequence_Fast_ITEMS(inputs), n, call)) return false;
+  const char* noisy = nullptr;
+  if (!read_table(v[kTable], call, flags, noisy)) return false;
   const bool has_noise = flags & 2, has_second = flags & 4;
-  a.has_x0 = flags & 1;
-  a.has_log_std = flags & 8;
 
   if (v[kStep] == Py_None) {
     if (a.rows != 1 && a.rows != a.batch) return false;
@@ -279,18 +304,7 @@ bool read_arguments(PyObject* const* v, Call& call, int& flags) {
     double rescale;
     if (v[kGuidance] != Py_None || !take_number(v[kRescale], rescale) || rescale != 0) return false;
   }
-  if (v[kClip] != Py_None) {
-    if (!a.has_x0) return false;
-    if (PyTuple_CheckExact(v[kClip]) && PyTuple_GET_SIZE(v[kClip]) == 2) {
-      if (!take_number(PyTuple_GET_ITEM(v[kClip], 0), a.low)) return false;
-      if (!take_number(PyTuple_GET_ITEM(v[kClip], 1), a.high)) return false;
-    } else {
-      if (!take_number(v[kClip], a.high)) return false;
-      a.low = -a.high;
-    }
-    if (!(a.low <= a.high)) return false;
-    a.limit = kClip;
-  }
+  if (!read_clip(v[kClip], a)) return false;
 
   if ((v[kLogVariance] != Py_None) != a.has_log_std || !take_reader(v[kLogVariance], call, a.log_variance))
     return false;
@@ -352,6 +366,21 @@ PyObject* take_output(PyObject* given, PyObject* first, Call& call, Operand& o) 
   return nullptr;
 }
 
+// Runs the kernel; a new reference to the output, or to a tuple of both.
+PyObject* launch(Call& call, PyObject* out, PyObject* second) {
+  // Giving up the interpreter lock costs as much as a very small step.
+  if (call.numel() > 32 * 1024) {
+    Py_BEGIN_ALLOW_THREADS;
+    sampler_step(call.args);
+    Py_END_ALLOW_THREADS;
+  } else {
+    sampler_step(call.args);
+  }
+  if (second) return PyTuple_Pack(2, out, second);
+  Py_INCREF(out);
+  return out;
+}
+
 PyObject* run(PyObject* const* v, Call& call) {
   int flags = 0;
   if (!read_arguments(v, call, flags)) return nullptr;
@@ -368,29 +397,49 @@ PyObject* run(PyObject* const* v, Call& call) {
     const char *low2 = a.second.data, *high2 = low2 + call.numel() * element_size(a.second.dtype);
     if (low < high2 && low2 < high) return nullptr;
   }
-  // Giving up the interpreter lock costs as much as a very small step.
-  if (call.numel() > 32 * 1024) {
-    Py_BEGIN_ALLOW_THREADS;
-    sampler_step(a);
-    Py_END_ALLOW_THREADS;
-  } else {
-    sampler_step(a);
-  }
-  if (flags & 4) return PyTuple_Pack(2, out.p, second.p);
-  Py_INCREF(out.p);
-  return out.p;
+  return launch(call, out.p, second.p);
+}
+
+bool backend_is_ordered() {
+  PyObject* ordered = nullptr;
+  if (PyContextVar_Get(types.backend, nullptr, &ordered) < 0) return true;
+  Py_XDECREF(ordered);
+  return ordered != Py_None;
 }
 
 PyObject* sampler_step_direct(PyObject*, PyObject* const* v, Py_ssize_t count) {
   if (count != kArguments || !types.tensor) Py_RETURN_NOTIMPLEMENTED;
-  PyObject* ordered = nullptr;
-  if (PyContextVar_Get(types.backend, nullptr, &ordered) < 0) return nullptr;
-  const bool free_choice = ordered == Py_None;
-  Py_XDECREF(ordered);
-  if (!free_choice) Py_RETURN_NOTIMPLEMENTED;
-  Call call;
-  if (PyObject* result = run(v, call)) return result;
+  if (!backend_is_ordered()) {
+    Call call;
+    if (PyObject* result = run(v, call)) return result;
+  }
   // A failed look-up is an unusual argument, which the checked path names.
+  PyErr_Clear();
+  Py_RETURN_NOTIMPLEMENTED;
+}
+
+// What a scheduler asks for at every step: (table, row, clip, input, ...), inputs of one dtype, no noise on the row.
+PyObject* plain_step(PyObject* const* v, Py_ssize_t inputs) {
+  Call call;
+  StepArgs& a = call.args;
+  int flags = 0;
+  const char* noisy = nullptr;
+  if (!read_inputs(v + 3, inputs, call) || !read_table(v[0], call, flags, noisy)) return nullptr;
+  for (int i = 1; i < a.inputs; i++) {
+    if (a.x[i].dtype != a.x[0].dtype) return nullptr;
+  }
+  if (!take_index(v[1], 0, a.rows, a.row) || noisy[a.row] || a.has_log_std || !read_clip(v[2], a)) return nullptr;
+  Ref out(take_output(Py_None, v[3], call, a.out));
+  if (!out.p) return nullptr;
+  Ref second((flags & 4) ? take_output(Py_None, v[3], call, a.second) : nullptr);
+  if ((flags & 4) && !second.p) return nullptr;
+  return launch(call, out.p, second.p);
+}
+
+PyObject* plain_step_direct(PyObject*, PyObject* const* v, Py_ssize_t count) {
+  if (count > 3 && types.tensor && !backend_is_ordered()) {
+    if (PyObject* result = plain_step(v, count - 3)) return result;
+  }
   PyErr_Clear();
   Py_RETURN_NOTIMPLEMENTED;
 }
@@ -399,6 +448,9 @@ PyMethodDef direct_method = {"sampler_step_direct", (PyCFunction)(void (*)(void)
                              "sampler_step(inputs, table, step, uncond, guidance, guidance_rescale, clip, threshold, "
                              "log_variance, noise, generator, seed, stream, offset, dtype, out, second_out), all by "
                              "position; NotImplemented for anything but the plain case."};
+PyMethodDef plain_method = {"plain_step_direct", (PyCFunction)(void (*)(void))plain_step_direct, METH_FASTCALL,
+                            "plain_step(table, row, clip, input, ...): a step of inputs of one dtype on a row without "
+                            "noise; NotImplemented for anything else."};
 
 }  // namespace
 
@@ -431,8 +483,10 @@ void register_direct(pybind11::module_& module) {
       "bfloat16, float16, float64].");
   module.def("release_memory", &pool_release,
              "Give the memory that is kept for the next results back to the system; the number of bytes.");
-  PyObject* function = PyCFunction_NewEx(&direct_method, nullptr, nullptr);
-  module.add_object("sampler_step_direct", pybind11::reinterpret_steal<pybind11::object>(function));
+  for (PyMethodDef* method : {&direct_method, &plain_method}) {
+    PyObject* function = PyCFunction_NewEx(method, nullptr, nullptr);
+    module.add_object(method->ml_name, pybind11::reinterpret_steal<pybind11::object>(function));
+  }
 }
 
 }  // namespace genfast

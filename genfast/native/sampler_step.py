@@ -24,7 +24,9 @@ def bind(module, override: ContextVar) -> SimpleNamespace:
         return sampler_step_cuda.bind(module)
     module.direct_setup(torch.Tensor, StepTable, torch.empty_like, override, list(DTYPE_CODES))
     return SimpleNamespace(
-        sampler_step=functools.partial(_sampler_step, module), sampler_step_direct=module.sampler_step_direct
+        sampler_step=functools.partial(_sampler_step, module),
+        sampler_step_direct=module.sampler_step_direct,
+        plain_step_direct=module.plain_step_direct,
     )
 
 

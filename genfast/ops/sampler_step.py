@@ -16,7 +16,10 @@ from genfast.reference.sampler_step import sampler_step as reference_step
 from genfast.step_table import StepTable
 
 FAMILY = "sampler_step"
-_hot_path = HotPath(FAMILY, "sampler_step")
+hot_path = HotPath(FAMILY, "sampler_step")
+plain_path = HotPath(FAMILY, "plain_step")
+"""``plain_path.run(table, row, clip, *inputs)``: the step that a scheduler takes hundreds of times, inputs of one dtype
+and a row without noise; NotImplemented for anything else, and :func:`sampler_step` then."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -97,7 +100,7 @@ def sampler_step(
     compiling = torch.compiler.is_compiling()
     if not compiling:
         # One native call for the plain case; everything else, and every error, goes through the checks below.
-        result = _hot_path.run(
+        result = hot_path.run(
             inputs,
             table,
             step,

@@ -1,8 +1,9 @@
 """What every fused scheduler shares: a plan of coefficients that follows the scheduler's state, and one call per step.
 
-A drop-in class inherits from :class:`Fused` and from the scheduler it stands in for, in this order. It builds its
-coefficient tables in ``set_timesteps`` (:meth:`Fused.make_rows`), looks them up in ``step`` and makes one call of :func:`fused`, which answers ``NotImplemented`` for anything that the kernels do not take (gradients,
-tensors that must broadcast, tensor subclasses, other devices): ``step`` then hands the call to the peer's own code. The
+A drop-in class inherits from :class:`Fused` and from the scheduler it stands in for, in this order. It makes its
+coefficient tables in ``set_timesteps`` (:meth:`Fused.make_rows`), looks them up in ``step`` and makes one call of
+:func:`fused`, which answers ``NotImplemented`` for anything that the kernels do not take (gradients, tensors that must
+broadcast, tensor subclasses, other devices): ``step`` then hands the call to the peer's own code. The
 attributes that the peer keeps (``sigmas``, ``model_outputs``, ``step_index``, ...) stay live and mean what they mean
 there, so the two kinds of step can be mixed within one loop.
 """
@@ -19,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from genfast.ops.sampler_step import FLOATS, sampler_step
-from genfast.ops.sampler_step import _hot_path as hot_path
+from genfast.ops.sampler_step import FLOATS, hot_path, plain_path, sampler_step
 from genfast.step_table import StepTable
 
 INTEGERS = (torch.int64, torch.int32)
@@ -37,7 +37,8 @@ class Rows(NamedTuple):
     """A table and the rows of it that may run."""
 
     table: StepTable
-    usable: tuple[bool, ...]  # False: the peer's own arithmetic is not finite there
+    whole: bool  # every row may run
+    usable: tuple[bool, ...]  # the rows that may: False where the peer's own arithmetic is not finite
     draws: tuple[bool, ...] | None  # where the peer draws noise, be its weight zero or not; None: at every row
 
 
@@ -62,9 +63,9 @@ def rows(coefficients, *, usable=True, draws=None, **parts) -> Rows:
         for name, value in given.items():
             matrix = name in ("second", "to_x0", "log_std")
             given[name] = np.where(good[:, None] if matrix else good, value, 0.0)
-    return Rows(
-        StepTable(coefficients, **given), tuple(good.tolist()), None if draws is None else tuple(draws.tolist())
-    )
+    table = StepTable(coefficients, **given)
+    table.describe_to_host()
+    return Rows(table, bool(good.all()), tuple(good.tolist()), None if draws is None else tuple(draws.tolist()))
 
 
 class Plan:
@@ -329,9 +330,16 @@ def fused(
         draw: makes the peer's noise; called only when the row draws, no seed is in force and the step will run fused.
         The rest: as in :func:`genfast.sampler_step`.
     """
-    if rows is None or not 0 <= row < len(rows.usable) or not rows.usable[row]:
+    if rows is None:
         return NotImplemented
     table = rows.table
+    same = dtype is inputs[0].dtype and (second_dtype is None or second_dtype is dtype) and not is_compiling()
+    if same and draw is None and threshold is None and rows.whole and log_variance is None:
+        result = plain_path.run(table, row, clip, *inputs)
+        if result is not NotImplemented:
+            return result
+    if not 0 <= row < len(rows.usable) or not rows.usable[row]:
+        return NotImplemented
     noise = None
     if draw is None or not (rows.draws is None or rows.draws[row]):
         seed = None
@@ -341,7 +349,7 @@ def fused(
         noise = draw()
     if not table.has_noise:  # the peer draws, and multiplies with zero
         noise = seed = None
-    if dtype is inputs[0].dtype and (second_dtype is None or second_dtype is dtype) and not is_compiling():
+    if same:
         result = hot_path.run(
             inputs,
             table,
