@@ -366,8 +366,7 @@ PyObject* take_output(PyObject* given, PyObject* first, Call& call, Operand& o) 
   return nullptr;
 }
 
-// Runs the kernel; a new reference to the output, or to a tuple of both.
-PyObject* launch(Call& call, PyObject* out, PyObject* second) {
+void launch(Call& call) {
   // Giving up the interpreter lock costs as much as a very small step.
   if (call.numel() > 32 * 1024) {
     Py_BEGIN_ALLOW_THREADS;
@@ -376,9 +375,6 @@ PyObject* launch(Call& call, PyObject* out, PyObject* second) {
   } else {
     sampler_step(call.args);
   }
-  if (second) return PyTuple_Pack(2, out, second);
-  Py_INCREF(out);
-  return out;
 }
 
 PyObject* run(PyObject* const* v, Call& call) {
@@ -397,7 +393,10 @@ PyObject* run(PyObject* const* v, Call& call) {
     const char *low2 = a.second.data, *high2 = low2 + call.numel() * element_size(a.second.dtype);
     if (low < high2 && low2 < high) return nullptr;
   }
-  return launch(call, out.p, second.p);
+  launch(call);
+  if (second.p) return PyTuple_Pack(2, out.p, second.p);
+  Py_INCREF(out.p);
+  return out.p;
 }
 
 bool backend_is_ordered() {
@@ -419,26 +418,53 @@ PyObject* sampler_step_direct(PyObject*, PyObject* const* v, Py_ssize_t count) {
 }
 
 // What a scheduler asks for at every step: (table, row, clip, input, ...), inputs of one dtype, no noise on the row.
-PyObject* plain_step(PyObject* const* v, Py_ssize_t inputs) {
+bool plain_step(PyObject* const* v, Py_ssize_t inputs, PyObject*& out, PyObject*& second) {
   Call call;
   StepArgs& a = call.args;
   int flags = 0;
   const char* noisy = nullptr;
-  if (!read_inputs(v + 3, inputs, call) || !read_table(v[0], call, flags, noisy)) return nullptr;
+  if (!read_inputs(v + 3, inputs, call) || !read_table(v[0], call, flags, noisy)) return false;
   for (int i = 1; i < a.inputs; i++) {
-    if (a.x[i].dtype != a.x[0].dtype) return nullptr;
+    if (a.x[i].dtype != a.x[0].dtype) return false;
   }
-  if (!take_index(v[1], 0, a.rows, a.row) || noisy[a.row] || a.has_log_std || !read_clip(v[2], a)) return nullptr;
-  Ref out(take_output(Py_None, v[3], call, a.out));
-  if (!out.p) return nullptr;
-  Ref second((flags & 4) ? take_output(Py_None, v[3], call, a.second) : nullptr);
-  if ((flags & 4) && !second.p) return nullptr;
-  return launch(call, out.p, second.p);
+  if (!take_index(v[1], 0, a.rows, a.row) || noisy[a.row] || a.has_log_std || !read_clip(v[2], a)) return false;
+  if (!(out = take_output(Py_None, v[3], call, a.out))) return false;
+  if ((flags & 4) && !(second = take_output(Py_None, v[3], call, a.second))) {
+    Py_CLEAR(out);
+    return false;
+  }
+  launch(call);
+  return true;
 }
 
 PyObject* plain_step_direct(PyObject*, PyObject* const* v, Py_ssize_t count) {
-  if (count > 3 && types.tensor && !backend_is_ordered()) {
-    if (PyObject* result = plain_step(v, count - 3)) return result;
+  PyObject *out = nullptr, *second = nullptr;
+  if (count > 3 && types.tensor && !backend_is_ordered() && plain_step(v, count - 3, out, second)) {
+    if (!second) return out;
+    Ref first(out), other(second);
+    return PyTuple_Pack(2, out, second);
+  }
+  PyErr_Clear();
+  Py_RETURN_NOTIMPLEMENTED;
+}
+
+// The same, in an object of a class derived from OrderedDict that holds every item as an attribute too, as diffusers
+// returns it. The first argument is (class, name of the output[, name of the second output]).
+PyObject* plain_object_direct(PyObject*, PyObject* const* v, Py_ssize_t count) {
+  PyObject *out = nullptr, *second = nullptr;
+  if (count > 4 && types.tensor && !backend_is_ordered() && plain_step(v + 1, count - 4, out, second)) {
+    Ref first(out), other(second);
+    PyTypeObject* type = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(v[0], 0));
+    Ref nothing(PyTuple_New(0));
+    PyObject* object = nothing.p ? type->tp_new(type, nothing.p, nullptr) : nullptr;
+    PyObject* values[2] = {out, second};
+    for (int k = 0; object && k < (second ? 2 : 1); k++) {
+      PyObject* name = PyTuple_GET_ITEM(v[0], k + 1);
+      // The attribute is set below the class's own __setattr__, which would set the item once more.
+      if (PyODict_SetItem(object, name, values[k]) < 0 || PyObject_GenericSetAttr(object, name, values[k]) < 0)
+        Py_CLEAR(object);
+    }
+    return object;
   }
   PyErr_Clear();
   Py_RETURN_NOTIMPLEMENTED;
@@ -451,6 +477,9 @@ PyMethodDef direct_method = {"sampler_step_direct", (PyCFunction)(void (*)(void)
 PyMethodDef plain_method = {"plain_step_direct", (PyCFunction)(void (*)(void))plain_step_direct, METH_FASTCALL,
                             "plain_step(table, row, clip, input, ...): a step of inputs of one dtype on a row without "
                             "noise; NotImplemented for anything else."};
+PyMethodDef object_method = {"plain_object_direct", (PyCFunction)(void (*)(void))plain_object_direct, METH_FASTCALL,
+                             "plain_object((class, name, ...), table, row, clip, input, ...): plain_step whose outputs "
+                             "are the named items and attributes of a new object of the class."};
 
 }  // namespace
 
@@ -483,7 +512,7 @@ void register_direct(pybind11::module_& module) {
       "bfloat16, float16, float64].");
   module.def("release_memory", &pool_release,
              "Give the memory that is kept for the next results back to the system; the number of bytes.");
-  for (PyMethodDef* method : {&direct_method, &plain_method}) {
+  for (PyMethodDef* method : {&direct_method, &plain_method, &object_method}) {
     PyObject* function = PyCFunction_NewEx(method, nullptr, nullptr);
     module.add_object(method->ml_name, pybind11::reinterpret_steal<pybind11::object>(function));
   }

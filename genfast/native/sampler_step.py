@@ -27,6 +27,7 @@ def bind(module, override: ContextVar) -> SimpleNamespace:
         sampler_step=functools.partial(_sampler_step, module),
         sampler_step_direct=module.sampler_step_direct,
         plain_step_direct=module.plain_step_direct,
+        plain_object_direct=module.plain_object_direct,
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from genfast.ops.sampler_step import FLOATS, hot_path, plain_path, sampler_step
+from genfast.ops.sampler_step import FLOATS, hot_path, object_path, plain_path, sampler_step
 from genfast.step_table import StepTable
 
 INTEGERS = (torch.int64, torch.int32)
@@ -75,10 +75,12 @@ class Plan:
         tables: one :class:`Rows` per setting that a call of ``step`` chooses (eta, churn, ...), or None where the
             setting has no fused form.
         clip, threshold, possible: see :func:`limits`.
+        plain_table: the table of the default setting, if every row of it runs, draws nothing and is not thresholded.
         Anything else that a scheduler's ``build`` wants to keep.
     """
 
     MOST_TABLES = 64  # a caller that changes eta at every step must not fill the memory
+    plain_table: StepTable | None = None
 
     def __init__(self, **extra: Any):
         self.tables: dict[Any, Rows | None] = {}
@@ -256,7 +258,10 @@ def _planning(peer_set_timesteps):
     @functools.wraps(peer_set_timesteps)  # pipelines look at the signature
     def set_timesteps(self, *args, **kwargs):
         peer_set_timesteps(self, *args, **kwargs)
-        self.new_plan().rows(self.default_key, self.make_rows)
+        plan = self.new_plan()
+        rows = plan.rows(self.default_key, self.make_rows)
+        if rows is not None and rows.whole and not rows.table.has_noise and plan.threshold is None:
+            plan.plain_table = rows.table
 
     return set_timesteps
 
@@ -392,6 +397,16 @@ def fused(
     )
 
 
+def plain_object(output, plan: Plan, row: int, sample, model_output):
+    """The peer's output object of a plain step of two tensors of one dtype; ``NotImplemented`` for anything else.
+
+    For the schedulers whose step takes no longer than a few operations in the peer, where the host's share decides.
+    """
+    if plan.plain_table is None or is_compiling():
+        return NotImplemented
+    return object_path.run(output.spec, plan.plain_table, row, plan.clip, sample, model_output)
+
+
 def promoted(*tensors: Tensor) -> torch.dtype:
     """The dtype of eager arithmetic on these tensors with 0-d float32 coefficients."""
     dtype = tensors[0].dtype
@@ -470,32 +485,21 @@ _set_item = OrderedDict.__setitem__
 
 
 def output_maker(cls):
-    """A function that makes a peer's output object from its fields, which must be tensors.
+    """A function that makes a peer's output object from its fields, which must be tensors; ``.spec`` is for object_path.
 
     The result is what ``cls(...)`` gives: an ordered dictionary whose items are attributes too. The peer's constructor
     finds that out with ``dataclasses.fields`` at every call, which costs as much as a small step.
     """
     names = tuple(f.name for f in fields(cls))
     new = cls.__new__
-    if len(names) == 1:
-        (name,) = names
 
-        def make(value):
-            output = new(cls)
-            _set_item(output, name, value)
-            output.__dict__[name] = value
-            return output
-
-        return make
-    first, second = names
-
-    def make_pair(value, other):
+    def make(*values):
         output = new(cls)
-        _set_item(output, first, value)
-        _set_item(output, second, other)
         attributes = output.__dict__
-        attributes[first] = value
-        attributes[second] = other
+        for name, value in zip(names, values):
+            _set_item(output, name, value)
+            attributes[name] = value
         return output
 
-    return make_pair
+    make.spec = (cls, *names)
+    return make

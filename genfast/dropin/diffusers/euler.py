@@ -18,6 +18,7 @@ from genfast.dropin.diffusers.base import (
     levels,
     needs_generator,
     output_maker,
+    plain_object,
     rows,
 )
 
@@ -85,7 +86,6 @@ class EulerDiscreteScheduler(Fused, diffusers.EulerDiscreteScheduler):
         seed: int | torch.Tensor | None = None,
     ) -> EulerDiscreteSchedulerOutput | tuple:
         """The peer's step; ``seed`` draws the noise of churn inside the kernel, in place of ``generator``."""
-        seed = check_seed(self, generator, seed)
         result = NotImplemented
         dtype = model_output.dtype
         if is_level(timestep) and dtype is not torch.float64 and sample.dtype is not torch.float64:
@@ -94,17 +94,25 @@ class EulerDiscreteScheduler(Fused, diffusers.EulerDiscreteScheduler):
             if self._step_index is None:
                 self._init_step_index(timestep)
             plan = self.current_plan()
+            if return_dict and not s_churn and dtype is torch.float32 and sample.dtype is torch.float32:
+                result = plain_object(_output, plan, self._step_index, sample, model_output)
+                if result is not NotImplemented:
+                    self._step_index += 1
+                    return result
+            seed = check_seed(self, generator, seed)
+
+            def draw():
+                return peer.randn_tensor(
+                    model_output.shape, dtype=dtype, device=model_output.device, generator=generator
+                )
+
             result = fused(
                 (sample, model_output),
                 plan.rows((s_churn, s_tmin, s_tmax, s_noise) if s_churn else self.default_key, self.make_rows),
                 self._step_index,
                 dtype,
                 dtype if plan.x0_is_output else torch.float32,
-                draw=None
-                if not s_churn
-                else lambda: peer.randn_tensor(
-                    model_output.shape, dtype=dtype, device=model_output.device, generator=generator
-                ),
+                draw=draw if s_churn else None,
                 seed=seed,
             )
         if result is NotImplemented:

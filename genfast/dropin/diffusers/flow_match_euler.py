@@ -18,6 +18,7 @@ from genfast.dropin.diffusers.base import (
     levels,
     needs_generator,
     output_maker,
+    plain_object,
     rows,
 )
 
@@ -55,29 +56,29 @@ class FlowMatchEulerDiscreteScheduler(Fused, diffusers.FlowMatchEulerDiscreteSch
         seed: int | torch.Tensor | None = None,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple:
         """The peer's step (whose churn arguments do nothing); ``seed`` draws the noise of stochastic sampling."""
-        seed = check_seed(self, generator, seed)
         result = NotImplemented
-        dtype = model_output.dtype
-        if (
-            is_level(timestep)
-            and per_token_timesteps is None
-            and dtype is not torch.float64
-            and sample.dtype is not torch.float64
-        ):
+        if is_level(timestep) and per_token_timesteps is None:
             if self._step_index is None:
                 self._init_step_index(timestep)
             plan = self.current_plan()
-            # The peer's noise has the dtype of the sample after its promotion: float32.
+            dtype = model_output.dtype
+            if return_dict and dtype is torch.float32 and sample.dtype is torch.float32:
+                result = plain_object(_output, plan, self._step_index, sample, model_output)
+                if result is not NotImplemented:
+                    self._step_index += 1
+                    return result
+            seed = check_seed(self, generator, seed)
             draw = None
             if plan.stochastic:
 
-                def draw():
+                def draw():  # in the dtype of the sample after the peer's promotion
                     return peer.randn_tensor(
                         sample.shape, generator=generator, device=sample.device, dtype=torch.float32
                     )
 
-            rows = plan.rows((), self.make_rows)
-            result = fused((sample, model_output), rows, self._step_index, dtype, draw=draw, seed=seed)
+            if dtype is not torch.float64 and sample.dtype is not torch.float64:
+                rows = plan.rows((), self.make_rows)
+                result = fused((sample, model_output), rows, self._step_index, dtype, draw=draw, seed=seed)
         if result is NotImplemented:
             needs_generator(seed)
             return super().step(
