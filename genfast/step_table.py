@@ -128,12 +128,12 @@ class StepTable:
         matrix = {"coefficients", "second", "to_x0", "log_std"}
         shaped = {}
         for name, value in given.items():
-            if value.dim() > (2 if name in matrix else 1):
+            if value.ndim > (2 if name in matrix else 1):
                 raise ValueError(f"{name} has shape {list(value.shape)}; {_expected(name)}")
             if name in matrix:
-                if value.dim() == 0:
+                if value.ndim == 0:
                     raise ValueError(f"{name} is a scalar; {_expected(name)}")
-                shaped[name] = value if value.dim() == 2 else value[None]
+                shaped[name] = value if value.ndim == 2 else value[None]
             else:
                 shaped[name] = value.reshape(-1, 1)
         n = shaped["coefficients"].shape[1]
@@ -162,29 +162,37 @@ class StepTable:
             if "x0" not in shaped and "second_x0" not in shaped:
                 raise ValueError("to_x0 is given but neither x0 nor second_x0 uses it")
 
-        tensors = [v for v in given.values() if v.device.type != "cpu"]
-        target = torch.device(device) if device is not None else (tensors[0].device if tensors else torch.device("cpu"))
         columns = (("coefficients", n), ("x0", 1), ("noise", 1), ("second", n), ("second_x0", 1), ("second_noise", 1))
         columns += (("to_x0", 2), ("log_std", 2))
-        pieces = []
-        for name, width in columns:
-            value = shaped.get(name)
-            if value is None:
-                value = torch.zeros(1, width, dtype=torch.float64, device=target)
-            pieces.append(value.to(target).expand(rows, width))
-        self._data: Tensor = torch.cat(pieces, dim=1).contiguous()
+        tensors = [v for v in given.values() if isinstance(v, Tensor)]
+        self.noisy: tuple[bool, ...] | None = None
+        if not tensors:
+            data = np.zeros((rows, 2 * n + 8))
+            at = 0
+            for name, width in columns:
+                if name in shaped:
+                    data[:, at : at + width] = shaped[name]
+                at += width
+            # The noise weights are in columns n + 1 and 2 n + 3.
+            self.noisy = tuple(data[:, [n + 1, 2 * n + 3]].any(axis=1).tolist())
+            self._data: Tensor = torch.from_numpy(data)
+            if device is not None:
+                self._data = self._data.to(device)
+        else:
+            target = torch.device(device) if device is not None else tensors[0].device
+            pieces = []
+            for name, width in columns:
+                value = torch.as_tensor(shaped.get(name, np.zeros((1, width))))
+                pieces.append(value.to(target).expand(rows, width))
+            self._data = torch.cat(pieces, dim=1).contiguous()
         self.rows = rows
         self.inputs = n
         self.has_x0 = "to_x0" in shaped
         self.has_noise = "noise" in shaped
         self.has_second = any(k in shaped for k in ("second", "second_x0", "second_noise"))
         self.has_log_std = "log_std" in shaped
-        self.noisy: tuple[bool, ...] | None = None
-        if not tensors:
-            weights = [shaped[k].expand(rows, 1) for k in ("noise", "second_noise") if k in shaped]
-            flags = torch.cat(weights, dim=1).ne(0).any(dim=1) if weights else torch.zeros(rows, dtype=torch.bool)
-            self.noisy = tuple(flags.tolist())
         self._host: tuple | None = None
+        self._copies: dict[torch.device, StepTable] = {}
 
     @property
     def data(self) -> Tensor:
@@ -198,12 +206,15 @@ class StepTable:
             self._host = (self.data, self.rows, self.inputs, flags, bytes(self.noisy))
 
     def to(self, device: torch.device | str) -> StepTable:
-        """The same table on another device (itself if it is there already)."""
+        """The same table on another device (itself if it is there already), copied there once."""
         device = torch.device(device)
         if device == self.data.device:
             return self
-        copy = object.__new__(StepTable)
-        copy.__dict__.update(self.__dict__, _data=self.data.to(device), _host=None)
+        copy = self._copies.get(device)
+        if copy is None:
+            copy = object.__new__(StepTable)
+            copy.__dict__.update(self.__dict__, _data=self.data.to(device), _host=None, _copies={})
+            self._copies[device] = copy
         return copy
 
     def __repr__(self) -> str:
@@ -235,17 +246,21 @@ def _expected(name: str) -> str:
     }.get(name, "expected [rows] or a scalar")
 
 
-def _as_float64(name: str, value) -> Tensor:
+def _as_float64(name: str, value) -> np.ndarray | Tensor:
+    """float64: an array, checked to be finite, of what is on the host; a tensor of what is on a GPU."""
     if isinstance(value, Tensor):
         value = value.detach().to(torch.float64)
+        if value.device.type != "cpu":
+            return value
+        value = value.numpy()
     else:
         if isinstance(value, Sequence) and any(isinstance(v, Tensor) for v in value):
             raise TypeError(f"{name} is a sequence of tensors; stack them into one tensor")
         try:
-            value = torch.from_numpy(np.array(value, dtype=np.float64))
+            value = np.asarray(value, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{name} must hold numbers: {error}") from None
-    if value.device.type == "cpu" and not torch.isfinite(value).all():
-        row = int((~torch.isfinite(value.reshape(value.shape[0] if value.dim() else 1, -1)).all(dim=1)).nonzero()[0])
+    if not np.isfinite(value).all():
+        row = int(np.flatnonzero(~np.isfinite(value.reshape(len(value) if value.ndim else 1, -1)).all(axis=1))[0])
         raise ValueError(f"{name} must be finite; row {row} is not")
     return value
