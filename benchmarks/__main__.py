@@ -12,7 +12,10 @@ import torch
 
 from benchmarks import report, timing
 from benchmarks.harness import Row, Settings, rows
-from genfast.backends import FAMILIES
+from genfast import backends
+
+FAMILIES = ("dropin", *backends.FAMILIES)
+"""The drop-ins come first: what they are measured under cannot be restored after the ops have changed it."""
 
 BUSY = 0.3
 """Load per core before the start from which the report warns: parallel code waits for its slowest thread."""
@@ -30,22 +33,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds: shows that all runs, and fails for no bar")
     parser.add_argument("--only", metavar="TEXT", help="only the cases with TEXT in their name")
     options = parser.parse_args(arguments)
-    families = options.families or list(FAMILIES)
-    for family in families:
+    for family in options.families:
         if family not in FAMILIES:
             parser.error(f"FAMILY must be one of {', '.join(FAMILIES)}; got {family!r}")
+    families = [family for family in FAMILIES if not options.families or family in options.families]
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch finds no GPU here")
     settings = Settings(torch.device(options.device), options.quick)
 
     load = report.load()
-    timing.keep_freed_memory()
     everything: list[Row] = []
     summaries, messages = [], []
     print(report.header(), flush=True)
     for family in families:
         begin = time.perf_counter()
-        plans = importlib.import_module(f"benchmarks.{family}").plans(settings)
+        module = importlib.import_module(f"benchmarks.{family}")
+        if getattr(module, "KEEP_FREED_MEMORY", True):
+            timing.keep_freed_memory()
+        plans = module.plans(settings)
         chosen = [plan for plan in plans if options.only is None or options.only in plan.name]
         if not chosen:
             names = ", ".join(dict.fromkeys(plan.name for plan in plans))
@@ -55,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
             for row in rows(family, chosen, settings):
                 print(report.line(row), flush=True)
                 measured.append(row)
+        if hasattr(module, "closing"):
+            messages.append(module.closing(measured))
         summaries.append(report.summary(family, measured, time.perf_counter() - begin))
         messages.append(report.plot(plot_path(options.plot, family, len(families)), family, measured, settings))
         everything += measured
