@@ -7,6 +7,8 @@ PIP_INSTALL := -m pip install -q --disable-pip-version-check
 # rounds a fused multiply-add twice, and without a GPU the tests of the Triton kernels would have to be skipped.
 # Python 3.10 gets the last one that supports it.
 TRITON := "triton==3.9.0; python_version >= '3.11'" "triton==3.8.0; python_version < '3.11'"
+# By itself too: of what it asks for (torchvision, wandb, kornia, ...), the samplers need next to nothing.
+K_DIFFUSION := k-diffusion==0.1.1.post1
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 KERNEL_TESTS := $(addprefix $(CURDIR)/,tests/test_sampler_step.py tests/test_random.py)
 
@@ -30,7 +32,7 @@ $(VENV)/.torch:
 
 $(VENV)/.tools: $(VENV)/.torch constraints.txt requirements-dev.txt
 	$(PY) $(PIP_INSTALL) -c constraints.txt torch -r requirements-dev.txt
-	$(PY) $(PIP_INSTALL) --no-deps $(TRITON)
+	$(PY) $(PIP_INSTALL) --no-deps $(TRITON) $(K_DIFFUSION)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools setup.py pyproject.toml
