@@ -1,4 +1,4 @@
-"""``genfast.patch``, ``genfast.unpatch`` and ``genfast.accelerate``: our samplers in the place of an installed peer's."""
+"""``patch``, ``unpatch`` and ``accelerate``: our samplers in the place of an installed peer's."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ plain_path = HotPath(FAMILY, "plain_step")
 """``plain_path.run(table, row, clip, *inputs)``: the step that a scheduler takes hundreds of times, inputs of one dtype
 and a row without noise; NotImplemented for anything else, and :func:`sampler_step` then."""
 object_path = HotPath(FAMILY, "plain_object")
-"""``object_path.run((cls, *names), table, row, clip, *inputs)``: the same, with the outputs as items and attributes of a
-new object of ``cls``, which is derived from OrderedDict."""
+"""``object_path.run((cls, *names), table, row, clip, *inputs)``: the same, with the outputs as items and attributes of
+a new object of ``cls``, which is derived from OrderedDict."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -3,9 +3,14 @@
 Configuration, ``set_timesteps``, ``add_noise``, ``scale_model_input``, attributes, output objects, pickling,
 ``save_pretrained``: all as in diffusers. The same generator gives the same sample, to a few units in the last place in
 float32; in half precision the arithmetic of a step is float32 with one rounding at its end, where the peer rounds in
-between. Every stochastic ``step`` also takes ``seed=``, noise drawn inside the kernel. A configuration or a call without
-a fused form (gradients, broadcasting, tensor subclasses, other devices) runs the peer's own ``step``.
+between. Every stochastic ``step`` also takes ``seed=``, noise drawn inside the kernel. A configuration or a call
+without a fused form (gradients, broadcasting, tensor subclasses, other devices) runs the peer's own ``step``.
 """
+
+# ruff: noqa: E402, F401 (the check comes before what it guards; the names are collected below)
+from genfast.dropin.patching import PEERS
+
+PEERS["diffusers"].check()
 
 from genfast.dropin.diffusers.base import peer_class
 from genfast.dropin.diffusers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler

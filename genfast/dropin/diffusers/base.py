@@ -133,6 +133,8 @@ class Fused:
         cls.num_inference_steps = WatchedCount("num_inference_steps")
         if "set_timesteps" not in vars(cls) and hasattr(peer, "set_timesteps"):
             cls.set_timesteps = _planning(peer.set_timesteps)
+        if "index_for_timestep" not in vars(cls) and hasattr(peer, "index_for_timestep"):
+            cls.index_for_timestep = _finding_index(peer.index_for_timestep)
 
     def build(self) -> Plan:
         """A new :class:`Plan` of the present schedule, with what the steps need beside tables."""
@@ -209,19 +211,6 @@ class Fused:
             return known.values[place]
         return timestep.item() if timestep.is_cpu and timestep.numel() == 1 else None
 
-    def index_for_timestep(self, timestep, schedule_timesteps=None):
-        if schedule_timesteps is None or schedule_timesteps is self.timesteps:
-            value = self.host_timestep(timestep)
-            if value is not None:
-                places = self.host_timesteps().places.get(value)
-                if places is not None:
-                    # A schedule that visits a level twice starts at the second visit: an image-to-image run that
-                    # enters there must not take the first half of a step it has not begun.
-                    return places[1] if len(places) > 1 else places[0]
-        if schedule_timesteps is None:
-            return super().index_for_timestep(timestep)
-        return super().index_for_timestep(timestep, schedule_timesteps)
-
 
 class Watched:
     """An attribute whose replacement makes the plan void. Reading it is not slower: there is no ``__get__``."""
@@ -264,6 +253,24 @@ def _planning(peer_set_timesteps):
             plan.plain_table = rows.table
 
     return set_timesteps
+
+
+def _finding_index(peer_index_for_timestep):
+    @functools.wraps(peer_index_for_timestep)
+    def index_for_timestep(self, timestep, schedule_timesteps=None):
+        if schedule_timesteps is None or schedule_timesteps is self.timesteps:
+            value = self.host_timestep(timestep)
+            if value is not None:
+                places = self.host_timesteps().places.get(value)
+                if places is not None:
+                    # A schedule that visits a level twice starts at the second visit: an image-to-image run that
+                    # enters there must not take the first half of a step it has not begun.
+                    return places[1] if len(places) > 1 else places[0]
+        if schedule_timesteps is None:
+            return peer_index_for_timestep(self, timestep)
+        return peer_index_for_timestep(self, timestep, schedule_timesteps)
+
+    return index_for_timestep
 
 
 def peer_class(cls: type) -> type | None:
@@ -485,7 +492,7 @@ _set_item = OrderedDict.__setitem__
 
 
 def output_maker(cls):
-    """A function that makes a peer's output object from its fields, which must be tensors; ``.spec`` is for object_path.
+    """A function that makes a peer's output object of tensors; its ``spec`` is what :data:`object_path` wants.
 
     The result is what ``cls(...)`` gives: an ordered dictionary whose items are attributes too. The peer's constructor
     finds that out with ``dataclasses.fields`` at every call, which costs as much as a small step.

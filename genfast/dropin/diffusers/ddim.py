@@ -27,20 +27,23 @@ from genfast.dropin.diffusers.base import (
 )
 
 
-def ddim_rows(config, alpha_bar, after, eta=0.0, use_clipped_model_output=False) -> Rows | None:
+def ddim_rows(config, alpha_bar, after, eta=None, use_clipped_model_output=False) -> Rows | None:
     """x' = sqrt(abar') x0 + sqrt(1 - abar' - s^2) eps + s z, s = eta sqrt((1 - abar')/(1 - abar) (1 - abar/abar')).
 
     Args:
         alpha_bar, after: float32 [rows], abar before and after the step.
+        eta: None for a step that has no variance, not even one of 0 / 0 times 0.
     """
     made = x0_eps_columns(config.prediction_type, alpha_bar)
     if made is None:
         return None
     k, m, e, f = made
-    std = eta * ((1 - after) / (1 - alpha_bar) * (1 - alpha_bar / after)) ** 0.5
+    std = torch.zeros_like(after)
+    if eta is not None:
+        std = eta * ((1 - after) / (1 - alpha_bar) * (1 - alpha_bar / after)) ** 0.5
     direction = ((1 - after - std**2) ** 0.5).double()
     sa, sb, to = (alpha_bar**0.5).double(), ((1 - alpha_bar) ** 0.5).double(), (after**0.5).double()
-    noise = std if eta > 0 else None
+    noise = std if eta else None
     if limits(config)[:2] == (None, None):
         if use_clipped_model_output:
             e, f = (1 - sa * k) / sb, -sa * m / sb
