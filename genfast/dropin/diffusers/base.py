@@ -191,13 +191,6 @@ class Fused:
 
     # --- the position in the schedule, without `nonzero` or a copy to the host -------------------------------------
 
-    def host_timesteps(self) -> HostTimesteps:
-        """``timesteps`` on the host, read once per schedule."""
-        known, timesteps = self._index, self.timesteps
-        if known is None or known.timesteps is not timesteps or known.version != version_of(timesteps):
-            known = self._index = HostTimesteps(timesteps)
-        return known
-
     def host_timestep(self, timestep):
         """The number in a timestep: a number, or a tensor whose memory is that of one of ``timesteps``; else None.
 
@@ -205,7 +198,7 @@ class Fused:
         """
         if type(timestep) is not Tensor:
             return None if isinstance(timestep, Tensor) else timestep
-        known = self.host_timesteps()
+        known = HostTimesteps.of(self)
         place = known.place(timestep)
         if place is not None:
             return known.values[place]
@@ -261,7 +254,7 @@ def _finding_index(peer_index_for_timestep):
         if schedule_timesteps is None or schedule_timesteps is self.timesteps:
             value = self.host_timestep(timestep)
             if value is not None:
-                places = self.host_timesteps().places.get(value)
+                places = HostTimesteps.of(self).places.get(value)
                 if places is not None:
                     # A schedule that visits a level twice starts at the second visit: an image-to-image run that
                     # enters there must not take the first half of a step it has not begun.
@@ -283,17 +276,27 @@ class HostTimesteps:
 
     def __init__(self, timesteps: Tensor):
         self.timesteps, self.version = timesteps, version_of(timesteps)
+        self.source = timesteps if self.version is not None else _unversioned
         self.values = timesteps.tolist()
         self.places: dict[float, list[int]] = {}
         for i, value in enumerate(self.values):
             self.places.setdefault(value, []).append(i)
-        self.dtype, self.size, self.address = timesteps.dtype, timesteps.element_size(), None
-        if timesteps.is_contiguous() and timesteps.dim() == 1:
-            self.address = timesteps.data_ptr()
+        addressable = timesteps.is_contiguous() and timesteps.dim() == 1
+        self.dtype = timesteps.dtype if addressable else None
+        self.address, self.size = timesteps.data_ptr(), timesteps.element_size()
+
+    @staticmethod
+    def of(scheduler) -> HostTimesteps:
+        """Those of a scheduler, read once per schedule."""
+        known = scheduler._index
+        timesteps = scheduler.timesteps
+        if known is None or known.timesteps is not timesteps or known.version != known.source._version:
+            known = scheduler._index = HostTimesteps(timesteps)
+        return known
 
     def place(self, timestep: Tensor) -> int | None:
         """The position of a 0-d view of ``timesteps``; None for any other tensor."""
-        if self.address is None or timestep.dtype is not self.dtype or timestep.dim():
+        if timestep.dtype is not self.dtype or timestep.dim():
             return None
         place, rest = divmod(timestep.data_ptr() - self.address, self.size)
         return place if not rest and 0 <= place < len(self.values) else None

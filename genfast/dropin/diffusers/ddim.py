@@ -21,6 +21,7 @@ from genfast.dropin.diffusers.base import (
     limits,
     needs_generator,
     output_maker,
+    plain_object,
     promoted,
     rows,
     x0_eps_columns,
@@ -91,10 +92,14 @@ class _FusedDDIM(Fused):
         seed: int | torch.Tensor | None = None,
     ):
         """The peer's step; ``seed`` draws the noise of ``eta > 0`` inside the kernel, in place of ``generator``."""
-        seed = check_seed(self, generator, seed)
         result = NotImplemented
         row = self.host_timestep(timestep)
         if type(row) is int and self.num_inference_steps is not None:
+            if return_dict and not eta and not use_clipped_model_output:
+                result = plain_object(self._output, self.current_plan(), row, sample, model_output)
+                if result is not NotImplemented:
+                    return result
+            seed = check_seed(self, generator, seed)
             if variance_noise is not None and (generator is not None or seed is not None) and eta > 0:
                 raise ValueError("Cannot pass both generator and variance_noise: give one source of noise")
             plan = self.current_plan()
@@ -169,6 +174,10 @@ class DDIMInverseScheduler(Fused, diffusers.DDIMInverseScheduler):
         row = self.host_timestep(timestep)
         if type(row) is int and self.num_inference_steps is not None:
             plan = self.current_plan()
+            if return_dict:
+                result = plain_object(self._output, plan, row, sample, model_output)
+                if result is not NotImplemented:
+                    return result
             dtype = promoted(sample, model_output)
             result = fused(
                 (sample, model_output),
