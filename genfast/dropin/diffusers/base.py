@@ -244,6 +244,8 @@ def _planning(peer_set_timesteps):
         rows = plan.rows(self.default_key, self.make_rows)
         if rows is not None and rows.whole and not rows.table.has_noise and plan.threshold is None:
             plan.plain_table = rows.table
+        if rows is not None and self.timesteps.is_cuda:
+            rows.table.to(self.timesteps.device)  # now, for a step may be captured in a CUDA graph
 
     return set_timesteps
 
