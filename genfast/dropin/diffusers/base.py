@@ -213,7 +213,7 @@ class Watched:
 
     def __set__(self, scheduler, value):
         attributes = scheduler.__dict__
-        if attributes.get(self.name) is not value:
+        if attributes.get(self.name, self) is not value:
             attributes[self.name] = value
             scheduler._plan = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import diffusers
 import torch
 from diffusers.schedulers import scheduling_unclip as peer
@@ -36,7 +38,7 @@ class UnCLIPScheduler(Fused, diffusers.UnCLIPScheduler):
         values = HostTimesteps.of(self).values
         start = len(self.alphas_cumprod)
         return Plan(
-            row_of={pair: start + i for i, pair in enumerate(zip(values, values[1:]))},
+            row_of={pair: start + i for i, pair in enumerate(pairwise(values))},
             x0_is_output=self.config.prediction_type == "sample",
         )
 
