@@ -16,6 +16,8 @@ from genfast.dropin.diffusers.base import peer_class
 from genfast.dropin.diffusers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from genfast.dropin.diffusers.euler import EulerDiscreteScheduler
 from genfast.dropin.diffusers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+from genfast.dropin.diffusers.lms import LMSDiscreteScheduler
+from genfast.dropin.diffusers.pndm import PNDMScheduler
 from genfast.dropin.diffusers.unipc import UniPCMultistepScheduler
 
 __all__ = [name for name in dir() if name.endswith("Scheduler")]
