@@ -149,7 +149,9 @@ def compare(case: Case, ulps: float = 32):
             error = (a.double() - exact)[good].abs().max().item()
             if half:
                 allowed = (b.double() - exact)[good].abs().max().item()
-                limit = 2 * allowed + (1 if b.dtype in (torch.bfloat16, torch.float16) else ulps) * EPS[b.dtype] * largest
+                limit = (
+                    2 * allowed + (1 if b.dtype in (torch.bfloat16, torch.float16) else ulps) * EPS[b.dtype] * largest
+                )
             else:
                 limit = ulps * EPS[b.dtype] * largest
             assert error <= limit, f"error {error:.3g} where {limit:.3g} is allowed: {where}"
