@@ -18,6 +18,7 @@ from genfast.dropin.diffusers.euler import EulerDiscreteScheduler
 from genfast.dropin.diffusers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from genfast.dropin.diffusers.lms import LMSDiscreteScheduler
 from genfast.dropin.diffusers.pndm import PNDMScheduler
+from genfast.dropin.diffusers.sasolver import SASolverScheduler
 from genfast.dropin.diffusers.unipc import UniPCMultistepScheduler
 
 __all__ = [name for name in dir() if name.endswith("Scheduler")]

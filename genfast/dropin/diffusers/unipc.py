@@ -16,13 +16,70 @@ __all__ = ["UniPCMultistepScheduler"]
 _output = output_maker(SchedulerOutput)
 
 
-class Interval(NamedTuple):
-    """The two moves over an interval, weights [intervals] float64: ``state x + newest m_0 + past_k m_k (+ next m)``."""
+class Move(NamedTuple):
+    """Weights, float64 [rows], of a move: of the state it starts from, of estimates, newest first, and of noise."""
 
     state: torch.Tensor
-    predict: list[torch.Tensor]  # of m_0, m_1, .., the estimates at the interval's start and before
-    correct: list[torch.Tensor]  # the same for the corrector, which starts from the same state
-    following: torch.Tensor  # the corrector's weight of the estimate at the interval's end
+    estimates: list[torch.Tensor]
+    noise: torch.Tensor | None = None
+
+
+def combined(kind: str, estimate, corrector: Move | None, predictor: Move | None, limited, keeps_output) -> Rows:
+    """Rows of a predictor-corrector step; estimates (of x0, or of eps) are m = k sample + m output, newest first.
+
+    Kinds: ``"plain"``, (sample, output, m_1, ..) -> prediction and m; ``"correct"``, (sample, output, last, m_1, ..)
+    -> corrected sample and m; ``"predict"``, (corrected sample, m, m_1, ..) -> prediction; ``"both"``, (sample, output,
+    last, m_1, ..) -> prediction and corrected sample, where m is the output. A corrector with noise takes the noise of
+    the step before as one more input after the last sample.
+
+    Args:
+        estimate: (k, m), float64 [rows].
+        corrector, predictor: None where a kind has none.
+        limited: whether m is thresholded.
+        keeps_output: whether m is the output, and need not be written.
+    """
+    k, m = estimate
+    zero, one = torch.zeros_like(k), torch.ones_like(k)
+    corrected = corrector or Move(one, [zero])
+    state, estimates, old_noise, noise = corrected.state, list(corrected.estimates), corrected.noise, None
+    if predictor is not None:
+        state, estimates = predictor.state * state, [predictor.state * w for w in estimates]
+        estimates += [zero] * (len(predictor.estimates) - len(estimates))
+        for j, weight in enumerate(predictor.estimates):
+            estimates[j] = estimates[j] + weight
+        old_noise = None if old_noise is None else predictor.state * old_noise
+        noise = predictor.noise if predictor.noise is not None and predictor.noise.any() else None
+    new, *past = estimates
+    if kind == "predict":
+        return rows(columns(state, new, *past), noise=noise)
+    noises = [] if old_noise is None else [old_noise]
+    if kind == "both":
+        older = corrected.estimates[1:]
+        second = [
+            zero,
+            corrected.estimates[0],
+            corrected.state,
+            *([] if old_noise is None else [corrected.noise]),
+            *older,
+        ]
+        second += [zero] * (len(past) - len(older))
+        return rows(columns(zero, new, state, *noises, *past), second=columns(*second), noise=noise)
+    own = [zero, zero, state, *noises] if kind == "correct" else [state, zero]
+    if limited:
+        return rows(columns(*own, *past), x0=new, to_x0=columns(k, m), second_x0=one, noise=noise)
+    own[0], own[1] = own[0] + new * k, own[1] + new * m
+    if keeps_output:
+        return rows(columns(*own, *past), noise=noise)
+    rest = [zero] * (len(own) + len(past) - 2)
+    return rows(columns(*own, *past), second=columns(k, m, *rest), noise=noise)
+
+
+class Interval(NamedTuple):
+    """The moves of predictor and corrector over every interval between levels; the corrector's newest estimate is the
+    one at the interval's end."""
+
+    predictor: Move
+    corrector: Move
 
 
 class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
@@ -48,44 +105,18 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
         )
 
     def make_rows(self, plan, kind, corrector, predictor) -> Rows | None:
-        """One row per step; estimates (of x0, or of eps) are m, newest first.
-
-        Kinds: ``"plain"``, (sample, output, m_1, ..) -> prediction and m; ``"correct"``, (sample, output, last, m_1,
-        ..) -> corrected sample and m; ``"predict"``, (corrected sample, m, m_1, ..) -> prediction; ``"both"``,
-        (sample, output, last, m_1, ..) -> prediction and corrected sample, where m is the output.
-        """
+        """One row per step for a kind of :func:`combined` and these orders, 0 for a part that it has not."""
         estimate = self._estimate()
         config = self.config
         if estimate is None or config.solver_type not in ("bh1", "bh2") or config.solver_order + 3 > MAX_INPUTS:
             return None
-        k, m = estimate
-        zero, one = torch.zeros_like(k), torch.ones_like(k)
-        state, estimates = one, [zero]  # what the present state is made of: the sample before, and estimates
+        behind = ahead = None
         if corrector:
-            behind = self._interval(plan, corrector)
-            state, *estimates = map(_shifted, (behind.state, behind.following, *behind.correct))
-        corrected = [state, *estimates]
+            state, estimates, _ = self._interval(plan, corrector).corrector
+            behind = Move(shifted(state), [shifted(w) for w in estimates])
         if predictor:
-            ahead = self._interval(plan, predictor)
-            state, estimates = ahead.state * state, [ahead.state * w for w in estimates]
-            estimates += [zero] * (len(ahead.predict) - len(estimates))
-            for j, weight in enumerate(ahead.predict):
-                estimates[j] = estimates[j] + weight
-        new, *past = estimates
-        if kind == "predict":
-            return rows(columns(state, new, *past))
-        if kind == "both":
-            second = [zero, corrected[1], corrected[0], *corrected[2:]]
-            second += [zero] * (3 + len(past) - len(second))
-            return rows(columns(zero, new, state, *past), second=columns(*second))
-        own = [zero, zero, state] if corrector else [state, zero]
-        if plan.limited:
-            return rows(columns(*own, *past), x0=new, to_x0=columns(k, m), second_x0=one)
-        own[0], own[1] = own[0] + new * k, own[1] + new * m
-        if plan.keeps_output:
-            return rows(columns(*own, *past))
-        rest = [zero] * (len(own) + len(past) - 2)
-        return rows(columns(*own, *past), second=columns(k, m, *rest))
+            ahead = self._interval(plan, predictor).predictor
+        return combined(kind, estimate, behind, ahead, plan.limited, plan.keeps_output)
 
     def _alpha_sigma_lambda(self):
         sigmas = levels(self.sigmas)
@@ -152,9 +183,9 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
             return [base - sum(shares, 0 * scale), *shares]
 
         following = scale * correct[:, -1].double()
-        of_corrector = spread(correct)
-        of_corrector[0] = of_corrector[0] - following
-        made = Interval(state.double(), spread(predict), of_corrector, following)
+        newest, *older = spread(correct)
+        state = state.double()
+        made = Interval(Move(state, spread(predict)), Move(state, [following, newest - following, *older]))
         plan.intervals[order] = made
         return made
 
@@ -176,7 +207,7 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
         if plan.lower_order_final and most > len(self.timesteps) - row:
             most = len(self.timesteps) - row
         made = NotImplemented
-        if len(past) == plan.order and most > 0 and _alike(model_output, sample):
+        if len(past) == plan.order and most > 0 and alike(model_output, sample):
             if last is None or row < 1 or row - 1 in self.disable_corrector:
                 made = self._predict(plan, row, most, model_output, sample, past)
             else:
@@ -201,7 +232,7 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
         """(prediction, estimate, state it starts from), or NotImplemented."""
         history = past[:-order:-1]
         dtype = sample.dtype
-        if not _alike(sample, *history):
+        if not alike(sample, *history):
             return NotImplemented
         table = plan.rows(("plain", 0, order), self.make_rows)
         made = fused(
@@ -218,10 +249,10 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
             return NotImplemented
         history = past[: -before - 1 : -1]
         dtype = sample.dtype
-        if not _alike(sample, last, *history):
+        if not alike(sample, last, *past[: -max(before + 1, order) : -1]):
             return NotImplemented
         if plan.keeps_output:
-            # The prediction of an order higher than the corrector's needs no more of the past than the corrector has.
+            history += past[-before - 1 : -order : -1]  # what the predictor looks back on and the corrector does not
             table = plan.rows(("both", before, order), self.make_rows)
             made = fused((sample, model_output, last, *history), table, row, dtype)
             return made if made is NotImplemented else (made[0], model_output, made[1])
@@ -236,7 +267,7 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
         return previous if previous is NotImplemented else (previous, estimate, corrected)
 
 
-def _alike(first, *others) -> bool:
+def alike(first, *others) -> bool:
     """Whether these are tensors of one dtype and of two or more dimensions: the peer's own sums take nothing else."""
     if not isinstance(first, torch.Tensor) or first.dim() < 2:
         return False
@@ -244,7 +275,7 @@ def _alike(first, *others) -> bool:
     return all([isinstance(t, torch.Tensor) and t.dtype is dtype for t in others])  # noqa: C419 (faster)
 
 
-def _shifted(weights: torch.Tensor) -> torch.Tensor:
+def shifted(weights: torch.Tensor) -> torch.Tensor:
     """Those of the interval that ends where a step begins; there is none before the first step."""
     return torch.cat([weights.new_full((1,), float("nan")), weights[:-1]])
 
