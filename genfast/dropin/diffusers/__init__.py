@@ -12,14 +12,20 @@ from genfast.dropin.patching import PEERS
 
 PEERS["diffusers"].check()
 
+from diffusers.utils import is_scipy_available, is_torchsde_available
+
 from genfast.dropin.diffusers.base import peer_class
 from genfast.dropin.diffusers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from genfast.dropin.diffusers.euler import EulerDiscreteScheduler
 from genfast.dropin.diffusers.flow_match_euler import FlowMatchEulerDiscreteScheduler
-from genfast.dropin.diffusers.lms import LMSDiscreteScheduler
 from genfast.dropin.diffusers.pndm import PNDMScheduler
 from genfast.dropin.diffusers.sasolver import SASolverScheduler
 from genfast.dropin.diffusers.unipc import UniPCMultistepScheduler
+
+if is_scipy_available():
+    from genfast.dropin.diffusers.lms import LMSDiscreteScheduler
+if is_torchsde_available():
+    from genfast.dropin.diffusers.dpm_sde import DPMSolverSDEScheduler
 
 __all__ = [name for name in dir() if name.endswith("Scheduler")]
 

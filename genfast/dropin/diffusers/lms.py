@@ -74,7 +74,7 @@ class LMSDiscreteScheduler(Fused, diffusers.LMSDiscreteScheduler):
         if prediction == "epsilon":  # x0 = k x + m output
             k, m = torch.ones_like(sigma), -sigma
         elif prediction == "v_prediction":
-            k, m = 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5
+            k, m = 1 / (sigma**2 + 1).double(), -sigma / (sigma**2 + 1) ** 0.5
         elif prediction == "sample":
             k, m = torch.zeros_like(sigma), torch.ones_like(sigma)
         else:
