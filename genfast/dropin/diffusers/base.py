@@ -349,13 +349,15 @@ def fused(
     """
     if rows is None:
         return NotImplemented
+    if not rows.whole and not (0 <= row < len(rows.usable) and rows.usable[row]):
+        return NotImplemented
     table = rows.table
     same = dtype is inputs[0].dtype and (second_dtype is None or second_dtype is dtype) and not is_compiling()
-    if same and draw is None and threshold is None and rows.whole and log_variance is None:
+    if same and draw is None and threshold is None and log_variance is None:
         result = plain_path.run(table, row, clip, *inputs)
         if result is not NotImplemented:
             return result
-    if not 0 <= row < len(rows.usable) or not rows.usable[row]:
+    if not 0 <= row < table.rows:
         return NotImplemented
     noise = None
     if draw is None or not (rows.draws is None or rows.draws[row]):

@@ -108,6 +108,7 @@ def estimate_columns(algorithm: str, prediction: str, alpha, sigma, flow_sigma):
 
 
 class _FusedMultistep(Fused):
+    watched = ("sigmas", "timesteps")
     default_key = (1,)
     upcasts = True
     """Whether the peer updates in float32, whatever the sample's dtype."""
@@ -116,12 +117,15 @@ class _FusedMultistep(Fused):
         config = self.config
         algorithm, prediction = config.algorithm_type, config.prediction_type
         plus = algorithm.endswith("++")
+        steps = len(self.timesteps)
+        falls_off = bool(config.lower_order_final and steps < 15)
         return Plan(
             algorithm=algorithm,
             stochastic=algorithm.startswith("sde-"),
             order=config.solver_order,
-            euler_at_final=self.ends_with_euler(config),
-            lower_order_final=config.lower_order_final,
+            steps=steps,
+            euler_at_final=self.ends_with_euler(config) or falls_off,
+            falls_off=falls_off,
             first_three=prediction == "epsilon" and config.variance_type in ("learned", "learned_range"),
             limited=bool(config.thresholding),
             keeps_output=prediction == ("sample" if plus else "epsilon") and not config.thresholding,
@@ -179,12 +183,12 @@ class _FusedMultistep(Fused):
         if self.num_inference_steps is not None and len(past) == plan.order:
             if self._step_index is None:
                 self._init_step_index(timestep)
-            row, left = self._step_index, len(self.timesteps) - self._step_index
+            row = self._step_index
+            left = plan.steps - row
             ready = self.lower_order_nums
-            short = plan.lower_order_final and len(self.timesteps) < 15
-            if plan.order == 1 or ready < 1 or (left == 1 and (plan.euler_at_final or short)):
+            if plan.order == 1 or ready < 1 or (left == 1 and plan.euler_at_final):
                 order = 1
-            elif plan.order == 2 or ready < 2 or (left == 2 and short):
+            elif plan.order == 2 or ready < 2 or (left == 2 and plan.falls_off):
                 order = 2
             else:
                 order = 3
@@ -197,12 +201,17 @@ class _FusedMultistep(Fused):
                 def draw():
                     return self._noise(output, dtype, generator, variance_noise)
 
-            if not (self.upcasts and torch.float64 in (dtype, sample.dtype)) and None not in history:
+            if self.upcasts:
+                fits, next_dtype = dtype is not torch.float64 and sample.dtype is not torch.float64, dtype
+            else:
+                fits = all(m is not None for m in history)
+                next_dtype = promoted(sample, output, *history) if fits else dtype
+            if fits:
                 result = fused(
                     (sample, output, *history),
                     plan.rows((order,), self.make_rows),
                     row,
-                    dtype if self.upcasts else promoted(sample, output, *history),
+                    next_dtype,
                     dtype,
                     threshold=plan.threshold if plan.limited else None,
                     draw=draw,
