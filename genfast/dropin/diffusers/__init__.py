@@ -15,11 +15,17 @@ PEERS["diffusers"].check()
 from diffusers.utils import is_scipy_available, is_torchsde_available
 
 from genfast.dropin.diffusers.base import peer_class
+from genfast.dropin.diffusers.consistency import CMStochasticIterativeScheduler
 from genfast.dropin.diffusers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
+from genfast.dropin.diffusers.dpm_multistep import DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
 from genfast.dropin.diffusers.euler import EulerDiscreteScheduler
 from genfast.dropin.diffusers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+from genfast.dropin.diffusers.heun import HeunDiscreteScheduler
 from genfast.dropin.diffusers.pndm import PNDMScheduler
+from genfast.dropin.diffusers.repaint import RePaintScheduler
 from genfast.dropin.diffusers.sasolver import SASolverScheduler
+from genfast.dropin.diffusers.score_sde_ve import ScoreSdeVeScheduler
+from genfast.dropin.diffusers.unclip import UnCLIPScheduler
 from genfast.dropin.diffusers.unipc import UniPCMultistepScheduler
 
 if is_scipy_available():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -144,6 +145,10 @@ class Fused:
         """The table for one setting of ``step``; None if it has no fused form."""
         raise NotImplementedError
 
+    def planned_keys(self, plan: Plan) -> Iterable[tuple]:
+        """The settings that plain calls of ``step`` go through in a run: their tables are made in ``set_timesteps``."""
+        return (self.default_key,)
+
     def current_plan(self) -> Plan:
         """The plan of the present schedule, which is made anew if anything it was made from has changed."""
         plan = self._plan
@@ -241,11 +246,13 @@ def _planning(peer_set_timesteps):
     def set_timesteps(self, *args, **kwargs):
         peer_set_timesteps(self, *args, **kwargs)
         plan = self.new_plan()
-        rows = plan.rows(self.default_key, self.make_rows)
+        for key in self.planned_keys(plan):
+            rows = plan.rows(key, self.make_rows)
+            if rows is not None and self.timesteps.is_cuda:
+                rows.table.to(self.timesteps.device)  # now, for a step may be captured in a CUDA graph
+        rows = plan.tables.get(self.default_key)
         if rows is not None and rows.whole and not rows.table.has_noise and plan.threshold is None:
             plan.plain_table = rows.table
-        if rows is not None and self.timesteps.is_cuda:
-            rows.table.to(self.timesteps.device)  # now, for a step may be captured in a CUDA graph
 
     return set_timesteps
 

@@ -132,6 +132,9 @@ class _FusedMultistep(Fused):
             has_outputs_dtype=prediction == ("sample" if plus else "epsilon") and (plus or not config.thresholding),
         )
 
+    def planned_keys(self, plan):
+        return [(order,) for order in range(1, plan.order + 1)]
+
     def make_rows(self, plan, order) -> Rows | None:
         """(sample, output, m_1, ..) -> next sample and the new estimate m_0; one row per step."""
         sigmas = levels(self.sigmas)

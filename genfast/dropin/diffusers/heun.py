@@ -70,6 +70,9 @@ class HeunDiscreteScheduler(Fused, diffusers.HeunDiscreteScheduler):
             x0_is_output=self.config.prediction_type == "sample",
         )
 
+    def planned_keys(self, plan):
+        return FIRST, SECOND
+
     def make_rows(self, plan, half) -> Rows | None:
         """One row per call. With d = (x - x0) / sigma, ``first``: x' = x + dt d of (x, output). The second half, of
         the level sigma' that the first arrived at: ``second``, s + dt / 2 (d + d') of (x, output, s, x0 of the first

@@ -39,6 +39,9 @@ class RePaintScheduler(Fused, diffusers.RePaintScheduler):
     def build(self) -> Plan:
         return Plan(range=(-1.0, 1.0) if self.config.clip_sample else None)
 
+    def planned_keys(self, plan):
+        return ("unknown",), ("known",)
+
     def make_rows(self, plan, part) -> Rows | None:
         """One row per training timestep: ``unknown``, a DDIM step of the sample; ``known``, the image with noise;
         ``undo``, a step of the forward process."""
