@@ -17,6 +17,7 @@ from diffusers.utils import is_scipy_available, is_torchsde_available
 from genfast.dropin.diffusers.base import peer_class
 from genfast.dropin.diffusers.consistency import CMStochasticIterativeScheduler
 from genfast.dropin.diffusers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
+from genfast.dropin.diffusers.ddpm import DDPMParallelScheduler, DDPMScheduler
 from genfast.dropin.diffusers.dpm_multistep import DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
 from genfast.dropin.diffusers.euler import EulerDiscreteScheduler
 from genfast.dropin.diffusers.flow_match_euler import FlowMatchEulerDiscreteScheduler

@@ -418,6 +418,27 @@ def fused(
     )
 
 
+def batched(inputs: tuple, rows: Rows | None, timesteps: Tensor, clip=None, threshold=None):
+    """A step of every sample by a row of its own, ``timesteps`` [B]; ``NotImplemented`` if the peer must do it.
+
+    The result is float32 for half-precision inputs: the peers' coefficients have a batch dimension there, so that they
+    take part in the promotion of dtypes.
+    """
+    like = inputs[0]
+    if rows is None or not rows.whole or not plain(*inputs) or like.dim() == 0:
+        return NotImplemented
+    if timesteps.dtype not in INTEGERS or timesteps.shape != like.shape[:1] or timesteps.device != like.device:
+        return NotImplemented
+    if threshold is not None and like.dim() < 2:
+        return NotImplemented
+    if timesteps.is_cpu and ((timesteps < 0) | (timesteps >= len(rows.usable))).any():
+        return NotImplemented
+    dtype = torch.promote_types(promoted(*inputs), torch.float32)
+    table = rows.table.to(like.device)
+    second = {} if not table.has_second or dtype is like.dtype else dict(second_out=torch.empty_like(like, dtype=dtype))
+    return sampler_step(inputs, table, step=timesteps, clip=clip, threshold=threshold, dtype=dtype, **second)
+
+
 def plain_object(output, plan: Plan, row: int, sample, model_output):
     """The peer's output object of a plain step of two tensors of one dtype; ``NotImplemented`` for anything else.
 

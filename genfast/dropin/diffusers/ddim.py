@@ -14,6 +14,7 @@ from genfast.dropin.diffusers.base import (
     Fused,
     Plan,
     Rows,
+    batched,
     check_seed,
     columns,
     fused,
@@ -150,6 +151,31 @@ class DDIMParallelScheduler(_FusedDDIM, diffusers.DDIMParallelScheduler):
 
     peer_module = scheduling_ddim_parallel
     _output = staticmethod(output_maker(DDIMParallelSchedulerOutput))
+
+    def make_rows(self, plan, eta, use_clipped_model_output) -> Rows | None:
+        """One row per training timestep; with ``eta`` None, those of ``batch_step_no_noise``, which ends at abar' = 1
+        whatever ``set_alpha_to_one`` says."""
+        if eta is not None:
+            return super().make_rows(plan, eta, use_clipped_model_output)
+        return ddim_rows(self.config, *alpha_bars(self, torch.tensor(1.0)), None, use_clipped_model_output)
+
+    def batch_step_no_noise(
+        self,
+        model_output: torch.Tensor,
+        timesteps: torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> torch.Tensor:
+        """The peer's step of samples at timesteps of their own, [B], without noise."""
+        result = NotImplemented
+        if self.num_inference_steps is not None and eta == 0.0:
+            plan = self.current_plan()
+            made = plan.rows((None, use_clipped_model_output), self.make_rows)
+            result = batched((sample, model_output), made, timesteps, plan.clip, plan.threshold)
+        if result is NotImplemented:
+            return super().batch_step_no_noise(model_output, timesteps, sample, eta, use_clipped_model_output)
+        return result[0]
 
 
 class DDIMInverseScheduler(Fused, diffusers.DDIMInverseScheduler):
