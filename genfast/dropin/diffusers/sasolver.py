@@ -158,7 +158,7 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
             if self._step_index is None:
                 self._init_step_index(timestep)
             plan = self.current_plan()
-            if plan.fuses and len(self.model_outputs) == plan.history and alike(model_output, sample):
+            if plan.fuses and len(self.model_outputs) == plan.history and alike(plan, model_output, sample):
                 made = self._fused(plan, model_output, timestep, sample, generator, seed)
         if made is NotImplemented:
             needs_generator(seed)
@@ -204,7 +204,7 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
                 table = plan.rows(("both", before, tau_before, predictor, tau), self.make_rows)
             else:
                 table = plan.rows(("correct", before, tau_before, 0, 0), self.make_rows)
-        if not alike(sample, *inputs):
+        if not alike(plan, sample, *inputs):
             return NotImplemented
         predicts = not corrects or plan.keeps_output
         made = fused(inputs, table, row, dtype, threshold=threshold, draw=draw if predicts else None)
@@ -221,7 +221,7 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
         else:
             corrected, estimate = made
             inputs = (corrected, estimate, *past[:-predictor:-1])
-            if not alike(sample, *inputs):
+            if not alike(plan, sample, *inputs):
                 return NotImplemented
             table = plan.rows(("predict", 0, 0, predictor, tau), self.make_rows)
             previous = fused(inputs, table, row, dtype, draw=draw)

@@ -207,7 +207,7 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
         if plan.lower_order_final and most > len(self.timesteps) - row:
             most = len(self.timesteps) - row
         made = NotImplemented
-        if len(past) == plan.order and most > 0 and alike(model_output, sample):
+        if len(past) == plan.order and most > 0 and alike(plan, model_output, sample):
             if last is None or row < 1 or row - 1 in self.disable_corrector:
                 made = self._predict(plan, row, most, model_output, sample, past)
             else:
@@ -232,7 +232,7 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
         """(prediction, estimate, state it starts from), or NotImplemented."""
         history = past[:-order:-1]
         dtype = sample.dtype
-        if not alike(sample, *history):
+        if not alike(plan, sample, *history):
             return NotImplemented
         table = plan.rows(("plain", 0, order), self.make_rows)
         made = fused(
@@ -249,7 +249,7 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
             return NotImplemented
         history = past[: -before - 1 : -1]
         dtype = sample.dtype
-        if not alike(sample, last, *past[: -max(before + 1, order) : -1]):
+        if not alike(plan, sample, last, *past[: -max(before + 1, order) : -1]):
             return NotImplemented
         if plan.keeps_output:
             history += past[-before - 1 : -order : -1]  # what the predictor looks back on and the corrector does not
@@ -267,9 +267,9 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
         return previous if previous is NotImplemented else (previous, estimate, corrected)
 
 
-def alike(first, *others) -> bool:
-    """Whether these are tensors of one dtype and of two or more dimensions: the peer's own sums take nothing else."""
-    if not isinstance(first, torch.Tensor) or first.dim() < 2:
+def alike(plan: Plan, first, *others) -> bool:
+    """Whether these are tensors of one dtype, of the two dimensions (three for thresholding) that the peer needs."""
+    if not isinstance(first, torch.Tensor) or first.dim() < (3 if plan.limited else 2):
         return False
     dtype = first.dtype
     return all([isinstance(t, torch.Tensor) and t.dtype is dtype for t in others])  # noqa: C419 (faster)
