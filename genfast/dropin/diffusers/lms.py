@@ -40,10 +40,11 @@ def adams_weights(sigmas: np.ndarray, order: int) -> np.ndarray:
     there = at >= 0
     points = sigmas[np.maximum(at, 0)]  # [steps, order]
     own = points[:, :, None] - points[:, None, :]  # [steps, k, j]
-    skip = (k[:, None] == k) | ~there[:, None, :]
-    ratio = (nodes[:, None, None, :] - points[:, None, :, None]) / np.where(skip, 1.0, own)[..., None]
-    value = np.where(skip[..., None], 1.0, ratio).prod(2)  # [steps, k, nodes]
-    return np.where(there, width[:, None] / 2 * (value @ w), 0.0)
+    skip = (k[:, None] == k) | ~there[:, None, :] | ~there[:, :, None]
+    with np.errstate(all="ignore"):  # levels that repeat have no such polynomial; the peer divides by 0 too
+        ratio = (nodes[:, None, None, :] - points[:, None, :, None]) / np.where(skip, 1.0, own)[..., None]
+        value = np.where(skip[..., None], 1.0, ratio).prod(2)  # [steps, k, nodes]
+        return np.where(there, width[:, None] / 2 * (value @ w), 0.0)
 
 
 class LMSDiscreteScheduler(Fused, diffusers.LMSDiscreteScheduler):
@@ -84,8 +85,7 @@ class LMSDiscreteScheduler(Fused, diffusers.LMSDiscreteScheduler):
         if order is None:
             return rows(columns(a, b))
         if order not in plan.weights:
-            with np.errstate(all="ignore"):  # levels that repeat have no such polynomial; the peer divides by 0 too
-                plan.weights[order] = adams_weights(levels(self.sigmas).double().numpy(), order)
+            plan.weights[order] = adams_weights(levels(self.sigmas).double().numpy(), order)
         weights = torch.from_numpy(plan.weights[order][:, :count])
         newest, older = weights[:, 0], list(weights[:, 1:].T)
         nothing = [torch.zeros_like(k)] * len(older)
@@ -128,7 +128,7 @@ class LMSDiscreteScheduler(Fused, diffusers.LMSDiscreteScheduler):
         if result is NotImplemented:
             with warnings.catch_warnings():
                 if not self.is_scale_input_called:
-                    warnings.simplefilter("ignore")  # it has been said
+                    warnings.filterwarnings("ignore", ".*scale_model_input")  # it has been said
                 return super().step(model_output, timestep, sample, order, return_dict)
         previous, x0, derivative = result
         derivatives.append(derivative)

@@ -44,6 +44,7 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
         learned = config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range")
         orders = config.predictor_order, config.corrector_order
         return Plan(
+            levels=self._alpha_sigma_lambda(),
             predictor_order=config.predictor_order,
             corrector_order=config.corrector_order,
             history=max(config.predictor_order, config.corrector_order - 1),
@@ -58,20 +59,20 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
 
     def make_rows(self, plan, kind, corrector, tau_before, predictor, tau) -> Rows | None:
         """One row per step for a kind of :func:`combined`, orders (0 for a part that it has not) and values of tau."""
-        estimate = self._estimate()
+        estimate = self._estimate(plan)
         if estimate is None or not plan.fuses:
             return None
-        behind = self._corrector(corrector, tau_before) if corrector else None
-        ahead = self._predictor(predictor, tau) if predictor else None
+        behind = self._corrector(plan, corrector, tau_before) if corrector else None
+        ahead = self._predictor(plan, predictor, tau) if predictor else None
         return combined(kind, estimate, behind, ahead, plan.limited, plan.keeps_output)
 
     def _alpha_sigma_lambda(self):
         alpha, sigma = self._sigma_to_alpha_sigma_t(levels(self.sigmas))
         return alpha, sigma, torch.log(alpha) - torch.log(sigma)
 
-    def _estimate(self):
+    def _estimate(self, plan: Plan):
         """(k, m), float64 [steps]: the estimate that the solver keeps is k sample + m output; None if there is none."""
-        alpha, sigma, _ = (v[:-1].double() for v in self._alpha_sigma_lambda())
+        alpha, sigma = (v[:-1].double() for v in plan.levels[:2])
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         if self.predict_x0:
             made = {
@@ -88,9 +89,9 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
             }
         return made.get(self.config.prediction_type)
 
-    def _predictor(self, order: int, tau) -> Move:
+    def _predictor(self, plan: Plan, order: int, tau) -> Move:
         """The moves from every level i to the next, estimates at i, i - 1, ..; the peer's float32 arithmetic."""
-        alpha, sigma, lam = self._alpha_sigma_lambda()
+        alpha, sigma, lam = plan.levels
         start, end = lam[:-1], lam[1:]
         h = end - start
         points = [start, *(self._earlier(lam, k) for k in range(1, order))]
@@ -101,9 +102,9 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
             weights = [weights[0] + bend, weights[1] - bend]
         return self._move(alpha, sigma, end, h, tau, weights)
 
-    def _corrector(self, order: int, tau) -> Move:
+    def _corrector(self, plan: Plan, order: int, tau) -> Move:
         """The moves to every level i from the one before, estimates at i, i - 1, ..; none before the first."""
-        alpha, sigma, lam = self._alpha_sigma_lambda()
+        alpha, sigma, lam = plan.levels
         start, end = lam[:-1], lam[1:]
         h = end - start
         # Point k of the interval that ends at level i is level i - k.

@@ -101,12 +101,13 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
             lower_order_final=config.lower_order_final,
             limited=limited,
             keeps_output=config.prediction_type == ("sample" if self.predict_x0 else "epsilon") and not limited,
+            levels=self._alpha_sigma_lambda(),
             intervals={},
         )
 
     def make_rows(self, plan, kind, corrector, predictor) -> Rows | None:
         """One row per step for a kind of :func:`combined` and these orders, 0 for a part that it has not."""
-        estimate = self._estimate()
+        estimate = self._estimate(plan)
         config = self.config
         if estimate is None or config.solver_type not in ("bh1", "bh2") or config.solver_order + 3 > MAX_INPUTS:
             return None
@@ -123,9 +124,9 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
         alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
         return alpha, sigma, torch.log(alpha) - torch.log(sigma)
 
-    def _estimate(self):
+    def _estimate(self, plan: Plan):
         """(k, m), float64 [steps]: the estimate that the solver keeps is k sample + m output; None if there is none."""
-        alpha, sigma, _ = (v[:-1].double() for v in self._alpha_sigma_lambda())
+        alpha, sigma = (v[:-1].double() for v in plan.levels[:2])
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         prediction = self.config.prediction_type
         if self.predict_x0:
@@ -147,7 +148,7 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
         """The weights of every interval i, from level i to level i + 1, in the peer's float32 arithmetic."""
         if order in plan.intervals:
             return plan.intervals[order]
-        alpha, sigma, lam = self._alpha_sigma_lambda()
+        alpha, sigma, lam = plan.levels
         count = len(lam) - 1
         at = torch.arange(count)
         h = lam[1:] - lam[:-1]
