@@ -19,13 +19,19 @@ from genfast.dropin.diffusers.consistency import CMStochasticIterativeScheduler
 from genfast.dropin.diffusers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from genfast.dropin.diffusers.ddpm import DDPMParallelScheduler, DDPMScheduler
 from genfast.dropin.diffusers.dpm_multistep import DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
+from genfast.dropin.diffusers.edm_euler import EDMEulerScheduler
 from genfast.dropin.diffusers.euler import EulerDiscreteScheduler
+from genfast.dropin.diffusers.euler_ancestral import EulerAncestralDiscreteScheduler
 from genfast.dropin.diffusers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+from genfast.dropin.diffusers.flow_match_heun import FlowMatchHeunDiscreteScheduler
 from genfast.dropin.diffusers.heun import HeunDiscreteScheduler
+from genfast.dropin.diffusers.kdpm2 import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
+from genfast.dropin.diffusers.lcm import LCMScheduler
 from genfast.dropin.diffusers.pndm import PNDMScheduler
 from genfast.dropin.diffusers.repaint import RePaintScheduler
 from genfast.dropin.diffusers.sasolver import SASolverScheduler
 from genfast.dropin.diffusers.score_sde_ve import ScoreSdeVeScheduler
+from genfast.dropin.diffusers.tcd import TCDScheduler
 from genfast.dropin.diffusers.unclip import UnCLIPScheduler
 from genfast.dropin.diffusers.unipc import UniPCMultistepScheduler
 

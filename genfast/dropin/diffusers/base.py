@@ -500,12 +500,12 @@ def limits(config) -> tuple[tuple | None, tuple | None, bool]:
     return None, None, True
 
 
-def x0_eps_columns(prediction: str, alpha_bar: Tensor):
+def x0_eps_columns(prediction: str, alpha_bar: Tensor, root=lambda v: v**0.5):
     """(k, m, e, f) of x0 = k x + m output and eps = e x + f output, float64 [rows]; None for an unknown prediction.
 
-    As in the peers, eps comes from x0 where the model predicts x0.
+    As in the peers, eps comes from x0 where the model predicts x0. ``root`` is how the peer writes its square roots.
     """
-    sa, sb = (alpha_bar**0.5).double(), ((1 - alpha_bar) ** 0.5).double()
+    sa, sb = root(alpha_bar).double(), root(1 - alpha_bar).double()
     zero, one = torch.zeros_like(sa), torch.ones_like(sa)
     if prediction == "epsilon":
         return 1 / sa, -sb / sa, zero, one
