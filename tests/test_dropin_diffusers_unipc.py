@@ -440,6 +440,22 @@ def without(cls, methods, error):
     return mock.patch.multiple(cls, **{method: mock.Mock(side_effect=error) for method in methods})
 
 
+@pytest.mark.parametrize("name, config", ORDINARY)
+def test_the_tables_of_a_run_are_known_beforehand(name, config):
+    config = {k: v for k, v in config.items() if k != "tau_func"}
+    scheduler = getattr(ours, name)(**config)
+    scheduler.set_timesteps(9)
+    x = torch.ones(1, 2, 3)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x).prev_sample
+    plan = scheduler.current_plan()
+    keys = scheduler.keys_of_a_run(plan)
+    assert set(plan.tables) <= set(keys)
+    assert len(keys) < plan.MOST_TABLES
+    assert all(plan.rows(key, scheduler.make_rows) is not None for key in keys)
+    assert scheduler.planned_keys(plan) == keys[:1]  # on the CPU
+
+
 def plain_value(v):
     if isinstance(v, (list, tuple)):
         return [plain_value(x) for x in v]

@@ -57,6 +57,22 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
             and self.predict_x0 == data,
         )
 
+    def planned_keys(self, plan: Plan):
+        # On the CPU a table is as well made at the step that needs it; on a GPU that step may be under capture.
+        keys = self.keys_of_a_run(plan)
+        return keys if self.timesteps.is_cuda else keys[:1]
+
+    def keys_of_a_run(self, plan: Plan) -> list[tuple]:
+        """Every table that a run with the peer's own function for tau may need."""
+        taus = (0, 1)
+        predictors, correctors = range(1, plan.predictor_order + 1), range(1, plan.corrector_order + 1)
+        keys = [("plain", 0, 0, p, tau) for p in predictors for tau in taus]
+        if plan.keeps_output:
+            pairs = [(c, p) for c in correctors for p in predictors if p <= c + 1]
+            return keys + [("both", c, before, p, tau) for c, p in pairs for before in taus for tau in taus]
+        keys += [("correct", c, tau, 0, 0) for c in correctors for tau in taus]
+        return keys + [("predict", 0, 0, p, tau) for p in predictors for tau in taus]
+
     def make_rows(self, plan, kind, corrector, tau_before, predictor, tau) -> Rows | None:
         """One row per step for a kind of :func:`combined`, orders (0 for a part that it has not) and values of tau."""
         estimate = self._estimate(plan)

@@ -105,6 +105,19 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
             intervals={},
         )
 
+    def planned_keys(self, plan: Plan):
+        # On the CPU a table is as well made at the step that needs it; on a GPU that step may be under capture.
+        keys = self.keys_of_a_run(plan)
+        return keys if self.timesteps.is_cuda else keys[:1]
+
+    def keys_of_a_run(self, plan: Plan) -> list[tuple]:
+        """Every table that a run of plain steps may need."""
+        orders = range(1, plan.order + 1)
+        keys = [("plain", 0, p) for p in orders]
+        if plan.keeps_output:
+            return keys + [("both", c, p) for c in orders for p in orders if abs(c - p) <= 1]
+        return keys + [("correct", c, 0) for c in orders] + [("predict", 0, p) for p in orders]
+
     def make_rows(self, plan, kind, corrector, predictor) -> Rows | None:
         """One row per step for a kind of :func:`combined` and these orders, 0 for a part that it has not."""
         estimate = self._estimate(plan)
