@@ -47,13 +47,7 @@ class DPMSolverSDEScheduler(Fused, diffusers.DPMSolverSDEScheduler):
         end = t_next.neg().exp() if second else mid_sigma
         return (sigma, after), t.neg().exp(), end, mid_sigma if second else sigma
 
-    def planned_keys(self, plan: Plan):
-        # On the CPU a table is as well made at the step that needs it; on a GPU that step may be under capture.
-        keys = self.keys_of_a_run(plan)
-        return keys if self.timesteps.is_cuda else keys[:1]
-
-    def keys_of_a_run(self, plan: Plan) -> list[tuple]:
-        """Every table that a run of plain steps may need."""
+    def planned_keys(self, plan: Plan) -> list[tuple]:
         return [(False, 1.0), (True, 1.0)]
 
     def make_rows(self, plan, second, s_noise) -> Rows | None:

@@ -65,13 +65,7 @@ class LMSDiscreteScheduler(Fused, diffusers.LMSDiscreteScheduler):
             weights={},
         )
 
-    def planned_keys(self, plan: Plan):
-        # On the CPU a table is as well made at the step that needs it; on a GPU that step may be under capture.
-        keys = self.keys_of_a_run(plan)
-        return keys if self.timesteps.is_cuda else keys[:1]
-
-    def keys_of_a_run(self, plan: Plan) -> list[tuple]:
-        """Every table that a run of plain steps may need."""
+    def planned_keys(self, plan: Plan) -> list[tuple]:
         return [(4, count) for count in range(1, 5)] + [(None, 0)]
 
     def make_rows(self, plan, order, count) -> Rows | None:

@@ -48,13 +48,7 @@ class PNDMScheduler(Fused, diffusers.PNDMScheduler):
             calls=[int(t) for t in calls],
         )
 
-    def planned_keys(self, plan: Plan):
-        # On the CPU a table is as well made at the step that needs it; on a GPU that step may be under capture.
-        keys = self.keys_of_a_run(plan)
-        return keys if self.timesteps.is_cuda else keys[:1]
-
-    def keys_of_a_run(self, plan: Plan) -> list[tuple]:
-        """Every table that a run of plain steps may need."""
+    def planned_keys(self, plan: Plan) -> list[tuple]:
         return [(kind,) for kind in ((*WEIGHTS,) if self.config.skip_prk_steps else ("start", "middle", "end", 4))]
 
     def make_rows(self, plan, kind) -> Rows | None:

@@ -25,6 +25,18 @@ __all__ = ["SASolverScheduler"]
 _output = output_maker(SchedulerOutput)
 
 
+def default_tau(t):
+    """The peer's own function, which it writes as a lambda: noise in the middle of the range of timesteps."""
+    return 1 if 200 <= t <= 800 else 0
+
+
+def _is_default(function) -> bool:
+    return function is default_tau or getattr(function, "__qualname__", "") == _PEERS_TAU
+
+
+_PEERS_TAU = "SASolverScheduler.__init__.<locals>.<lambda>"
+
+
 class SASolverScheduler(Fused, diffusers.SASolverScheduler):
     """``diffusers.SASolverScheduler`` with a fused ``step``.
 
@@ -57,14 +69,10 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
             and self.predict_x0 == data,
         )
 
-    def planned_keys(self, plan: Plan):
-        # On the CPU a table is as well made at the step that needs it; on a GPU that step may be under capture.
-        keys = self.keys_of_a_run(plan)
-        return keys if self.timesteps.is_cuda else keys[:1]
-
-    def keys_of_a_run(self, plan: Plan) -> list[tuple]:
-        """Every table that a run with the peer's own function for tau may need."""
-        taus = (0, 1)
+    def planned_keys(self, plan: Plan) -> list[tuple]:
+        if not self.timesteps.is_cuda:
+            return [self.default_key]  # a dozen tables: on the CPU they are as well made by the steps that need them
+        taus = (0, 1)  # of the peer's own function
         predictors, correctors = range(1, plan.predictor_order + 1), range(1, plan.corrector_order + 1)
         keys = [("plain", 0, 0, p, tau) for p in predictors for tau in taus]
         if plan.keeps_output:
@@ -150,9 +158,14 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
             noise = tau * sigma[1:] * torch.sqrt(torch.exp(2 * h) - 1)
         return Move(state.double(), [(scale * w).double() for w in weights], noise.double())
 
+    def __getstate__(self):
+        """The peer's, with a default tau that can be pickled."""
+        state = super().__getstate__()
+        return {**state, "tau_func": default_tau} if _is_default(self.tau_func) else state
+
     def _tau(self, timestep):
         """tau at a timestep as ``step`` was given it, or None if it is not a number of the host."""
-        if self.config.tau_func is None:  # the peer's own function compares numbers: spare the host a wait
+        if _is_default(self.tau_func):  # it compares numbers: spare the host a wait for a GPU's
             value = self.host_timestep(timestep)
             timestep = timestep if value is None else value
         tau = self.tau_func(timestep)

@@ -105,13 +105,7 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
             intervals={},
         )
 
-    def planned_keys(self, plan: Plan):
-        # On the CPU a table is as well made at the step that needs it; on a GPU that step may be under capture.
-        keys = self.keys_of_a_run(plan)
-        return keys if self.timesteps.is_cuda else keys[:1]
-
-    def keys_of_a_run(self, plan: Plan) -> list[tuple]:
-        """Every table that a run of plain steps may need."""
+    def planned_keys(self, plan: Plan) -> list[tuple]:
         orders = range(1, plan.order + 1)
         keys = [("plain", 0, p) for p in orders]
         if plan.keeps_output:
