@@ -18,7 +18,10 @@ from genfast.dropin.diffusers.base import peer_class
 from genfast.dropin.diffusers.consistency import CMStochasticIterativeScheduler
 from genfast.dropin.diffusers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from genfast.dropin.diffusers.ddpm import DDPMParallelScheduler, DDPMScheduler
+from genfast.dropin.diffusers.deis import DEISMultistepScheduler
 from genfast.dropin.diffusers.dpm_multistep import DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
+from genfast.dropin.diffusers.dpm_singlestep import DPMSolverSinglestepScheduler
+from genfast.dropin.diffusers.edm_dpm import EDMDPMSolverMultistepScheduler
 from genfast.dropin.diffusers.edm_euler import EDMEulerScheduler
 from genfast.dropin.diffusers.euler import EulerDiscreteScheduler
 from genfast.dropin.diffusers.euler_ancestral import EulerAncestralDiscreteScheduler

@@ -25,68 +25,64 @@ from genfast.dropin.diffusers.base import (
 _output = output_maker(SchedulerOutput)
 
 
+def interval_terms(algorithm: str, alpha_t, sigma_t, alpha_s, sigma_s, h):
+    """(a, w, first, second, noise), float64, of moves over intervals from levels s to t, h = lambda_t - lambda_s:
+    x' = a x + w D_0 + first D_1 + second D_2 + noise z, where the estimates D are of x0 with "++", else of eps, and D_1
+    and D_2 are its first two derivatives in lambda / h. None for an unknown algorithm.
+
+    ``first`` is the exact integral of a linear estimate (solver type "heun"); "midpoint" has half of w.
+    """
+    noise = None
+    if algorithm == "dpmsolver++":
+        a, w = sigma_t / sigma_s, -(alpha_t * (torch.exp(-h) - 1.0))
+        first = alpha_t * ((torch.exp(-h) - 1.0) / h + 1.0)
+        second = -(alpha_t * ((torch.exp(-h) - 1.0 + h) / h**2 - 0.5))
+    elif algorithm == "dpmsolver":
+        a, w = alpha_t / alpha_s, -(sigma_t * (torch.exp(h) - 1.0))
+        first = -(sigma_t * ((torch.exp(h) - 1.0) / h - 1.0))
+        second = -(sigma_t * ((torch.exp(h) - 1.0 - h) / h**2 - 0.5))
+    elif algorithm == "sde-dpmsolver++":
+        a, w = sigma_t / sigma_s * torch.exp(-h), alpha_t * (1 - torch.exp(-2.0 * h))
+        first = alpha_t * ((1.0 - torch.exp(-2.0 * h)) / (-2.0 * h) + 1.0)
+        second = alpha_t * ((1.0 - torch.exp(-2.0 * h) - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
+        noise = sigma_t * torch.sqrt(1.0 - torch.exp(-2 * h))
+    elif algorithm == "sde-dpmsolver":
+        a, w = alpha_t / alpha_s, -(2.0 * (sigma_t * (torch.exp(h) - 1.0)))
+        first = -(2.0 * (sigma_t * ((torch.exp(h) - 1.0) / h - 1.0)))
+        second = torch.full_like(h, float("nan"))  # the peers have no third order of it
+        noise = sigma_t * torch.sqrt(torch.exp(2 * h) - 1.0)
+    else:
+        return None
+    return *(v.double() for v in (a, w, first, second)), None if noise is None else noise.double()
+
+
 def multistep_weights(algorithm: str, solver: str, order: int, alpha, sigma, lam):
     """(a, [w_0, ..], noise), float64 [steps]: x' = a x + sum_k w_k m_k + noise z over every interval; None if the peer
     has no such update.
 
     ``alpha``, ``sigma`` and ``lam`` = log(alpha / sigma) are those of all levels, float32; m_0 is the estimate at the
-    interval's start (of x0 with "++", else of eps), m_1 and m_2 those before. A level before the first counts from the
-    end, as it does in the peer.
+    interval's start, m_1 and m_2 those before. A level before the first counts from the end, as it does in the peer.
     """
-    at = torch.arange(len(lam) - 1)
-    alpha_t, sigma_t = alpha[1:], sigma[1:]
-    alpha_s, sigma_s = alpha[:-1], sigma[:-1]
     h = lam[1:] - lam[:-1]
-    stochastic = algorithm.startswith("sde-")
-    if algorithm == "dpmsolver++":
-        a, w, noise = sigma_t / sigma_s, -(alpha_t * (torch.exp(-h) - 1.0)), None
-    elif algorithm == "dpmsolver":
-        a, w, noise = alpha_t / alpha_s, -(sigma_t * (torch.exp(h) - 1.0)), None
-    elif algorithm == "sde-dpmsolver++":
-        a, w = sigma_t / sigma_s * torch.exp(-h), alpha_t * (1 - torch.exp(-2.0 * h))
-        noise = (sigma_t * torch.sqrt(1.0 - torch.exp(-2 * h))).double()
-    elif algorithm == "sde-dpmsolver":
-        a, w = alpha_t / alpha_s, -(2.0 * (sigma_t * (torch.exp(h) - 1.0)))
-        noise = (sigma_t * torch.sqrt(torch.exp(2 * h) - 1.0)).double()
-    else:
+    terms = interval_terms(algorithm, alpha[1:], sigma[1:], alpha[:-1], sigma[:-1], h)
+    if terms is None or (order == 2 and solver not in ("midpoint", "heun")):
         return None
-    a, w = a.double(), w.double()
+    a, w, first, second, noise = terms
     if order == 1:
         return a, [w], noise
-
-    # Of the first difference: half of w, or the exact integral of a linear estimate.
-    if algorithm == "dpmsolver++":
-        exact = alpha_t * ((torch.exp(-h) - 1.0) / h + 1.0)
-    elif algorithm == "dpmsolver":
-        exact = -(sigma_t * ((torch.exp(h) - 1.0) / h - 1.0))
-    elif algorithm == "sde-dpmsolver++":
-        exact = alpha_t * ((1.0 - torch.exp(-2.0 * h)) / (-2.0 * h) + 1.0)
-    else:
-        exact = -(2.0 * (sigma_t * ((torch.exp(h) - 1.0) / h - 1.0)))
-    inverse_r0 = 1.0 / ((lam[:-1] - lam[(at - 1) % len(lam)]) / h)
-    if order == 2:
-        if solver not in ("midpoint", "heun"):
-            return None
-        d1 = (0.5 * w if solver == "midpoint" else exact.double()) * inverse_r0.double()
-        return a, [w + d1, -d1], noise
-
-    if algorithm == "dpmsolver++":
-        second = -(alpha_t * ((torch.exp(-h) - 1.0 + h) / h**2 - 0.5))
-    elif algorithm == "dpmsolver":
-        second = -(sigma_t * ((torch.exp(h) - 1.0 - h) / h**2 - 0.5))
-    elif algorithm == "sde-dpmsolver++":
-        second = alpha_t * ((1.0 - torch.exp(-2.0 * h) - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
-    else:
-        return None
+    at = torch.arange(len(h))
     r0 = (lam[:-1] - lam[(at - 1) % len(lam)]) / h
+    inverse_r0 = (1.0 / r0).double()
+    if order == 2:
+        d1 = (0.5 * w if solver == "midpoint" else first) * inverse_r0
+        return a, [w + d1, -d1], noise
     r1 = (lam[(at - 1) % len(lam)] - lam[(at - 2) % len(lam)]) / h
-    # D1 = D1_0 + r0 / (r0 + r1) (D1_0 - D1_1) and D2 = (D1_0 - D1_1) / (r0 + r1), with D1_0 = (m_0 - m_1) / r0 and
-    # D1_1 = (m_1 - m_2) / r1.
-    d1, d2 = exact.double(), second.double()
+    # D_1 = D_10 + r0 / (r0 + r1) (D_10 - D_11) and D_2 = (D_10 - D_11) / (r0 + r1), with D_10 = (m_0 - m_1) / r0 and
+    # D_11 = (m_1 - m_2) / r1.
     share, inverse = (r0 / (r0 + r1)).double(), (1.0 / (r0 + r1)).double()
-    of_first = (d1 * (1 + share) + d2 * inverse) * inverse_r0.double()
-    of_second = -(d1 * share + d2 * inverse) * (1.0 / r1).double()
-    return a, [w + of_first, of_second - of_first, -of_second], noise if stochastic else None
+    newer = (first * (1 + share) + second * inverse) * inverse_r0
+    older = -(first * share + second * inverse) * (1.0 / r1).double()
+    return a, [w + newer, older - newer, -older], noise
 
 
 def estimate_columns(algorithm: str, prediction: str, alpha, sigma, flow_sigma):
@@ -107,11 +103,16 @@ def estimate_columns(algorithm: str, prediction: str, alpha, sigma, flow_sigma):
     }.get(prediction)
 
 
-class _FusedMultistep(Fused):
+class FusedMultistep(Fused):
+    """What the multistep solvers share: the order of a step, the history, and one kernel for both.
+
+    A class says ``upcasts``, whether the peer updates in float32 whatever the sample's dtype, and
+    ``ends_with_euler``; others write ``weights`` and ``estimate``.
+    """
+
     watched = ("sigmas", "timesteps")
     default_key = (1,)
-    upcasts = True
-    """Whether the peer updates in float32, whatever the sample's dtype."""
+    upcasts = False
 
     def build(self) -> Plan:
         config = self.config
@@ -119,6 +120,7 @@ class _FusedMultistep(Fused):
         plus = algorithm.endswith("++")
         steps = len(self.timesteps)
         falls_off = bool(config.lower_order_final and steps < 15)
+        is_estimate = prediction == ("sample" if plus else "epsilon")
         return Plan(
             algorithm=algorithm,
             stochastic=algorithm.startswith("sde-"),
@@ -126,23 +128,33 @@ class _FusedMultistep(Fused):
             steps=steps,
             euler_at_final=self.ends_with_euler(config) or falls_off,
             falls_off=falls_off,
-            first_three=prediction == "epsilon" and config.variance_type in ("learned", "learned_range"),
+            first_three=prediction == "epsilon" and config.get("variance_type") in ("learned", "learned_range"),
             limited=bool(config.thresholding),
-            keeps_output=prediction == ("sample" if plus else "epsilon") and not config.thresholding,
-            has_outputs_dtype=prediction == ("sample" if plus else "epsilon") and (plus or not config.thresholding),
+            keeps_output=is_estimate and not config.thresholding,
+            has_outputs_dtype=is_estimate and (plus or not config.thresholding),
         )
 
     def planned_keys(self, plan):
         return [(order,) for order in range(1, plan.order + 1)]
 
+    def alpha_sigma_lambda(self):
+        """float32 [levels]."""
+        alpha, sigma = self._sigma_to_alpha_sigma_t(levels(self.sigmas))
+        alpha = alpha.to(sigma.dtype).expand(sigma.shape)  # one number where no signal is lost
+        return alpha, sigma, torch.log(alpha) - torch.log(sigma)
+
+    def weights(self, plan, order):
+        """See :func:`multistep_weights`."""
+        return multistep_weights(plan.algorithm, self.config.solver_type, order, *self.alpha_sigma_lambda())
+
+    def estimate(self, plan):
+        """(k, m), float64 [steps]: the estimate that the solver keeps is k sample + m output; None if there is none."""
+        alpha, sigma, _ = self.alpha_sigma_lambda()
+        return estimate_columns(plan.algorithm, self.config.prediction_type, alpha, sigma, levels(self.sigmas))
+
     def make_rows(self, plan, order) -> Rows | None:
         """(sample, output, m_1, ..) -> next sample and the new estimate m_0; one row per step."""
-        sigmas = levels(self.sigmas)
-        alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
-        lam = torch.log(alpha) - torch.log(sigma)
-        config = self.config
-        weights = multistep_weights(plan.algorithm, config.solver_type, order, alpha, sigma, lam)
-        estimate = estimate_columns(plan.algorithm, config.prediction_type, alpha, sigma, sigmas)
+        weights, estimate = self.weights(plan, order), self.estimate(plan)
         if weights is None or estimate is None:
             return None
         a, (new, *past), noise = weights
@@ -156,17 +168,68 @@ class _FusedMultistep(Fused):
             one = torch.ones_like(a)
             return rows(columns(a, none, *past), x0=new, to_x0=columns(k, m), second_x0=one, noise=noise)
         # eps once more, from the limited x0 = (x - sigma eps) / alpha.
-        alpha_s, sigma_s = alpha[:-1].double(), sigma[:-1].double()
-        to_x0 = columns((1 - sigma_s * k) / alpha_s, -sigma_s * m / alpha_s)
+        alpha_s, sigma_s = (v[:-1].double() for v in self.alpha_sigma_lambda()[:2])
         return rows(
             columns(a + new / sigma_s, none, *past),
             x0=-new * alpha_s / sigma_s,
-            to_x0=to_x0,
+            to_x0=columns((1 - sigma_s * k) / alpha_s, -sigma_s * m / alpha_s),
             second=columns(1 / sigma_s, none, *padding),
             second_x0=-alpha_s / sigma_s,
             noise=noise,
         )
 
+    def advance(self, model_output, timestep, sample, draw=None, seed=None):
+        """The next sample, with everything that the peer keeps brought up to date, or NotImplemented and nothing done.
+
+        ``draw(like, dtype)`` makes the peer's noise for an estimate of that dtype.
+        """
+        plan = self.current_plan()
+        past = self.model_outputs
+        if self.num_inference_steps is None or len(past) != plan.order:
+            return NotImplemented
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        row = self._step_index
+        left = plan.steps - row
+        ready = self.lower_order_nums
+        if plan.order == 1 or ready < 1 or (left == 1 and plan.euler_at_final):
+            order = 1
+        elif plan.order == 2 or ready < 2 or (left == 2 and plan.falls_off):
+            order = 2
+        else:
+            order = 3
+        output = model_output[:, :3] if plan.first_three else model_output
+        history = past[:-order:-1] if order > 1 else ()
+        dtype = next_dtype = output.dtype if plan.has_outputs_dtype else promoted(sample, output)
+        if not self.upcasts:
+            if not all(m is not None for m in history):
+                return NotImplemented
+            next_dtype = promoted(sample, output, *history)
+        elif dtype is torch.float64 or sample.dtype is torch.float64:
+            return NotImplemented
+        result = fused(
+            (sample, output, *history),
+            plan.rows((order,), self.make_rows),
+            row,
+            next_dtype,
+            dtype,
+            threshold=plan.threshold if plan.limited else None,
+            draw=(lambda: draw(output, dtype)) if plan.stochastic else None,
+            seed=seed,
+        )
+        if result is NotImplemented:
+            return result
+        result, estimate = (result, output) if plan.keeps_output else result
+        for i in range(plan.order - 1):
+            past[i] = past[i + 1]
+        past[-1] = estimate
+        if ready < plan.order:
+            self.lower_order_nums = ready + 1
+        self._step_index = row + 1
+        return result
+
+
+class _FusedDPM(FusedMultistep):
     def step(
         self,
         model_output: torch.Tensor,
@@ -179,89 +242,53 @@ class _FusedMultistep(Fused):
         seed: int | torch.Tensor | None = None,
     ) -> SchedulerOutput | tuple:
         """The peer's step; ``seed`` draws the noise of the SDE solvers in the kernel, in place of ``generator``."""
-        result = NotImplemented
-        plan = self.current_plan()
-        seed = check_seed(self, generator, seed) if plan.stochastic else None
-        past = self.model_outputs
-        if self.num_inference_steps is not None and len(past) == plan.order:
-            if self._step_index is None:
-                self._init_step_index(timestep)
-            row = self._step_index
-            left = plan.steps - row
-            ready = self.lower_order_nums
-            if plan.order == 1 or ready < 1 or (left == 1 and plan.euler_at_final):
-                order = 1
-            elif plan.order == 2 or ready < 2 or (left == 2 and plan.falls_off):
-                order = 2
-            else:
-                order = 3
-            output = model_output[:, :3] if plan.first_three else model_output
-            history = past[:-order:-1] if order > 1 else ()
-            dtype = output.dtype if plan.has_outputs_dtype else promoted(sample, output)
-            draw = None
-            if plan.stochastic:
-
-                def draw():
-                    return self._noise(output, dtype, generator, variance_noise)
-
-            if self.upcasts:
-                fits, next_dtype = dtype is not torch.float64 and sample.dtype is not torch.float64, dtype
-            else:
-                fits = all(m is not None for m in history)
-                next_dtype = promoted(sample, output, *history) if fits else dtype
-            if fits:
-                result = fused(
-                    (sample, output, *history),
-                    plan.rows((order,), self.make_rows),
-                    row,
-                    next_dtype,
-                    dtype,
-                    threshold=plan.threshold if plan.limited else None,
-                    draw=draw,
-                    seed=seed,
-                )
+        if not self.current_plan().stochastic:
+            result = self.advance(model_output, timestep, sample)
+        else:
+            seed = check_seed(self, generator, seed)
+            result = self.advance(
+                model_output,
+                timestep,
+                sample,
+                lambda like, dtype: self._noise(like, dtype, generator, variance_noise),
+                seed,
+            )
+            if result is NotImplemented:
+                needs_generator(seed)
         if result is NotImplemented:
-            needs_generator(seed)
             return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)
-        result, estimate = (result, output) if plan.keeps_output else result
-        for i in range(plan.order - 1):
-            past[i] = past[i + 1]
-        past[-1] = estimate
-        if ready < plan.order:
-            self.lower_order_nums = ready + 1
-        self._step_index = row + 1
         return _output(result) if return_dict else (result,)
 
 
-class DPMSolverMultistepScheduler(_FusedMultistep, diffusers.DPMSolverMultistepScheduler):
+class DPMSolverMultistepScheduler(_FusedDPM, diffusers.DPMSolverMultistepScheduler):
     """``diffusers.DPMSolverMultistepScheduler`` with a fused ``step``."""
+
+    upcasts = True
 
     @staticmethod
     def ends_with_euler(config) -> bool:
         return config.euler_at_final or config.final_sigmas_type == "zero"
 
     @staticmethod
-    def _noise(output, dtype, generator, variance_noise):
+    def _noise(like, dtype, generator, variance_noise):
         if variance_noise is not None:
-            return variance_noise.to(device=output.device, dtype=torch.float32)
+            return variance_noise.to(device=like.device, dtype=torch.float32)
         return scheduling_dpmsolver_multistep.randn_tensor(
-            output.shape, generator=generator, device=output.device, dtype=torch.float32
+            like.shape, generator=generator, device=like.device, dtype=torch.float32
         )
 
 
-class DPMSolverMultistepInverseScheduler(_FusedMultistep, diffusers.DPMSolverMultistepInverseScheduler):
+class DPMSolverMultistepInverseScheduler(_FusedDPM, diffusers.DPMSolverMultistepInverseScheduler):
     """``diffusers.DPMSolverMultistepInverseScheduler`` with a fused ``step``."""
-
-    upcasts = False
 
     @staticmethod
     def ends_with_euler(config) -> bool:
         return config.euler_at_final
 
     @staticmethod
-    def _noise(output, dtype, generator, variance_noise):
+    def _noise(like, dtype, generator, variance_noise):
         if variance_noise is not None:
             return variance_noise
         return scheduling_dpmsolver_multistep_inverse.randn_tensor(
-            output.shape, generator=generator, device=output.device, dtype=dtype
+            like.shape, generator=generator, device=like.device, dtype=dtype
         )
