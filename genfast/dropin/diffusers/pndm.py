@@ -46,6 +46,7 @@ class PNDMScheduler(Fused, diffusers.PNDMScheduler):
         return Plan(
             stride=self.config.num_train_timesteps // self.num_inference_steps if self.num_inference_steps else None,
             calls=[int(t) for t in calls],
+            moves={},
         )
 
     def planned_keys(self, plan: Plan) -> list[tuple]:
@@ -60,16 +61,21 @@ class PNDMScheduler(Fused, diffusers.PNDMScheduler):
         """
         if plan.stride is None:
             return None
-        if kind in WEIGHTS:
-            at = torch.arange(len(self.alphas_cumprod))
-            made = self._transfer(at, at - plan.stride)
-            return made and rows(columns(made[0], *(w * made[1] for w in WEIGHTS[kind])))
-        given = torch.tensor(plan.calls)
-        call = torch.arange(len(given))
-        made = self._transfer(given[call // 4 * 4], given - torch.where(call % 2 == 1, 0, plan.stride // 2))
-        if made is None:
+        part = "multistep" if kind in WEIGHTS else "start"
+        if part not in plan.moves:
+            if part == "multistep":
+                at = torch.arange(len(self.alphas_cumprod))
+                to = at - plan.stride
+            else:
+                given = torch.tensor(plan.calls)
+                call = torch.arange(len(given))
+                at, to = given[call // 4 * 4], given - torch.where(call % 2 == 1, 0, plan.stride // 2)
+            plan.moves[part] = self._transfer(at, to)
+        if plan.moves[part] is None:
             return None
-        state, out = made
+        state, out = plan.moves[part]
+        if part == "multistep":
+            return rows(columns(state, *(w * out for w in WEIGHTS[kind])))
         zero, one = torch.zeros_like(out), torch.ones_like(out)
         if kind == "start":
             return rows(columns(state, out), second=columns(zero, one / 6))

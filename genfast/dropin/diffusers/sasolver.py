@@ -51,12 +51,14 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
 
     def build(self) -> Plan:
         config = self.config
+        alpha, sigma, lam = self._alpha_sigma_lambda()
         data = config.algorithm_type == "data_prediction"
         limited = bool(config.thresholding and data)
         learned = config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range")
         orders = config.predictor_order, config.corrector_order
         return Plan(
-            levels=self._alpha_sigma_lambda(),
+            levels=(alpha, sigma, lam),
+            estimate=self._estimate(alpha, sigma),
             predictor_order=config.predictor_order,
             corrector_order=config.corrector_order,
             history=max(config.predictor_order, config.corrector_order - 1),
@@ -83,7 +85,7 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
 
     def make_rows(self, plan, kind, corrector, tau_before, predictor, tau) -> Rows | None:
         """One row per step for a kind of :func:`combined`, orders (0 for a part that it has not) and values of tau."""
-        estimate = self._estimate(plan)
+        estimate = plan.estimate
         if estimate is None or not plan.fuses:
             return None
         behind = self._corrector(plan, corrector, tau_before) if corrector else None
@@ -94,9 +96,9 @@ class SASolverScheduler(Fused, diffusers.SASolverScheduler):
         alpha, sigma = self._sigma_to_alpha_sigma_t(levels(self.sigmas))
         return alpha, sigma, torch.log(alpha) - torch.log(sigma)
 
-    def _estimate(self, plan: Plan):
+    def _estimate(self, alpha, sigma):
         """(k, m), float64 [steps]: the estimate that the solver keeps is k sample + m output; None if there is none."""
-        alpha, sigma = (v[:-1].double() for v in plan.levels[:2])
+        alpha, sigma = alpha[:-1].double(), sigma[:-1].double()
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         if self.predict_x0:
             made = {

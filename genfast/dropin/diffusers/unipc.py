@@ -95,26 +95,28 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
 
     def build(self) -> Plan:
         config = self.config
+        alpha, sigma, lam = self._alpha_sigma_lambda()
         limited = bool(config.thresholding and self.predict_x0)
         return Plan(
             order=config.solver_order,
             lower_order_final=config.lower_order_final,
             limited=limited,
             keeps_output=config.prediction_type == ("sample" if self.predict_x0 else "epsilon") and not limited,
-            levels=self._alpha_sigma_lambda(),
+            levels=(alpha, sigma, lam),
+            estimate=self._estimate(alpha, sigma),
             intervals={},
         )
 
     def planned_keys(self, plan: Plan) -> list[tuple]:
         orders = range(1, plan.order + 1)
-        keys = [("plain", 0, p) for p in orders]
+        keys = [("plain", 0, p) for p in (orders if self.disable_corrector else (1,))]
         if plan.keeps_output:
             return keys + [("both", c, p) for c in orders for p in orders if abs(c - p) <= 1]
         return keys + [("correct", c, 0) for c in orders] + [("predict", 0, p) for p in orders]
 
     def make_rows(self, plan, kind, corrector, predictor) -> Rows | None:
         """One row per step for a kind of :func:`combined` and these orders, 0 for a part that it has not."""
-        estimate = self._estimate(plan)
+        estimate = plan.estimate
         config = self.config
         if estimate is None or config.solver_type not in ("bh1", "bh2") or config.solver_order + 3 > MAX_INPUTS:
             return None
@@ -131,9 +133,9 @@ class UniPCMultistepScheduler(Fused, diffusers.UniPCMultistepScheduler):
         alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
         return alpha, sigma, torch.log(alpha) - torch.log(sigma)
 
-    def _estimate(self, plan: Plan):
+    def _estimate(self, alpha, sigma):
         """(k, m), float64 [steps]: the estimate that the solver keeps is k sample + m output; None if there is none."""
-        alpha, sigma = (v[:-1].double() for v in plan.levels[:2])
+        alpha, sigma = alpha[:-1].double(), sigma[:-1].double()
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         prediction = self.config.prediction_type
         if self.predict_x0:
