@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from genfast.ops.sampler_step import FLOATS, hot_path, object_path, plain_path, sampler_step
+from genfast.dropin.tensors import plain, promoted
+from genfast.ops.sampler_step import hot_path, object_path, plain_path, sampler_step
 from genfast.step_table import StepTable
 
 INTEGERS = (torch.int64, torch.int32)
@@ -316,23 +317,6 @@ def version_of(t) -> int | None:
     return t._version if isinstance(t, Tensor) and not t.is_inference() else None
 
 
-def plain(*tensors) -> bool:
-    """Whether the kernels take these tensors as they are; if not, the step is the peer's."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or first.device.type not in ("cpu", "cuda"):
-        return False
-    shape, device = first.shape, first.device
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return False
-        if t.dtype not in FLOATS or t.shape != shape or t.device != device or t.layout is not torch.strided:
-            return False
-        if (grad and t.requires_grad) or torch._C._functorch.is_functorch_wrapped_tensor(t):
-            return False
-    return True
-
-
 def fused(
     inputs: tuple,
     rows: Rows | None,
@@ -447,15 +431,6 @@ def plain_object(output, plan: Plan, row: int, sample, model_output):
     if plan.plain_table is None or is_compiling():
         return NotImplemented
     return object_path.run(output.spec, plan.plain_table, row, plan.clip, sample, model_output)
-
-
-def promoted(*tensors: Tensor) -> torch.dtype:
-    """The dtype of eager arithmetic on these tensors with 0-d float32 coefficients."""
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        if t.dtype is not dtype:
-            dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
 
 
 def check_seed(scheduler: Fused, generator, seed):
