@@ -155,3 +155,53 @@ def compare(case: Case, ulps: float = 32):
             else:
                 limit = ulps * EPS[b.dtype] * largest
             assert error <= limit, f"error {error:.3g} where {limit:.3g} is allowed: {where}"
+
+
+def agree(case: Case, ulps: float = 32):
+    """``compare``; a loop that the peer refuses is refused alike."""
+    if not refused_alike(case):
+        compare(case, ulps)
+
+
+def refused_alike(case: Case) -> bool:
+    """Whether the peer refuses a loop; ours must then raise an error of the same type."""
+    try:
+        with noise(record=[]):
+            run(case, diffusers)
+    except Exception as refusal:
+        try:
+            run(case, ours)
+        except type(refusal):
+            return True
+        raise AssertionError(f"the peer raises {refusal!r}, ours nothing: {case}") from refusal
+    return False
+
+
+def no_less_exact(case: Case):
+    """For formulas that amplify roundings: our step is no further from the peer's in float64 than twice the peer's own.
+
+    Both follow the inputs of one loop of the peer in float32, which is not amplified from step to step then. A step
+    that keeps what is computed in it (estimates, derivatives) is compared by what it makes of it.
+    """
+    assert case.dtype is torch.float32 and case.output_dtype is None
+    if refused_alike(case):
+        return
+    drawn, ours_drawn = [], []
+    with noise(record=drawn):
+        theirs, inputs = run(case, diffusers)
+    with noise(record=ours_drawn):
+        mine, _ = run(case, ours, follow=inputs)
+    assert len(drawn) == len(ours_drawn) and all(map(torch.equal, drawn, ours_drawn)), f"draws differ in {case}"
+    with noise(replay=drawn):
+        truth, _ = run(case, diffusers, follow=inputs, dtype=torch.float64)
+    worst, largest = 0.0, 1.0
+    for i, (m, p, t) in enumerate(zip(mine, theirs, truth)):
+        assert m[0].dtype == p[0].dtype and m[0].shape == p[0].shape, f"step {i} of {case}"
+        good = p[0].isfinite() & t[0].isfinite()
+        assert m[0][good].isfinite().all() and torch.equal(m[0].isfinite(), p[0].isfinite()), f"step {i} of {case}"
+        if good.any():
+            known = [v for v in (*inputs[i], t[0]) if v.isfinite().all()]
+            largest = max(largest, *(v.abs().max().item() for v in known))
+            worst = max(worst, (p[0] - t[0])[good].abs().max().item())
+            error = (m[0] - t[0])[good].abs().max().item()
+            assert error <= 2 * worst + 32 * EPS[torch.float32] * largest, (error, worst, largest, i, case)

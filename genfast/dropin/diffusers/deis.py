@@ -55,26 +55,24 @@ class DEISMultistepScheduler(FusedMultistep, diffusers.DEISMultistepScheduler):
             weights.append(alpha_t.double() * coefficient.double())
         return (alpha_t.double() / alpha_s.double()), weights, None
 
-    def estimate(self, plan):
-        """(k, m) of x0, which the peer limits; what it keeps is eps."""
-        alpha, sigma, _ = self.alpha_sigma_lambda()
-        alpha, sigma, raw = alpha[:-1].double(), sigma[:-1].double(), levels(self.sigmas)[:-1].double()
+    def make_rows(self, plan, order) -> Rows | None:
+        """(sample, output, m_1, ..) -> next sample and eps = (x - alpha x0) / sigma; one row per step."""
+        if self.config.algorithm_type != "deis":
+            return None
+        alpha, sigma = (v[:-1].double() for v in self.alpha_sigma_lambda()[:2])
+        if self.config.prediction_type == "flow_prediction":  # of the level as it is, whatever the noise's weight
+            sigma = levels(self.sigmas)[:-1].double()
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-        return {
+        estimate = {  # (k, m) of x0 = k x + m output, which the peer limits
             "epsilon": (1 / alpha, -sigma / alpha),
             "sample": (zero, one),
             "v_prediction": (alpha, -sigma),
-            "flow_prediction": (one, -raw),
+            "flow_prediction": (one, -sigma),
         }.get(self.config.prediction_type)
-
-    def make_rows(self, plan, order) -> Rows | None:
-        """(sample, output, m_1, ..) -> next sample and eps = (x - alpha x0) / sigma; one row per step."""
-        estimate = self.estimate(plan)
-        if estimate is None or self.config.algorithm_type != "deis":
+        if estimate is None:
             return None
-        a, (new, *past), _ = self.weights(plan, order)
-        alpha, sigma = (v[:-1].double() for v in self.alpha_sigma_lambda()[:2])
         k, m = estimate
+        a, (new, *past), _ = self.weights(plan, order)
         none = torch.zeros_like(a)
         padding = [none] * len(past)
         if plan.limited:
