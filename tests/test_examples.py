@@ -1,0 +1,53 @@
+"""The worked examples run, and what they print is right."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module
+    for name in [n for n, m in sys.modules.items() if str(EXAMPLES) in str(getattr(m, "__file__", ""))]:
+        del sys.modules[name]
+
+
+def test_every_example_is_tested():
+    assert {p.stem for p in EXAMPLES.glob("with_*.py")} == {*MIXTURES, "with_diffusers"}
+
+
+MIXTURES = {
+    "with_k_diffusion": [],
+    "with_edm": [],
+    "with_score_sde": ["--steps", "150"],
+    "with_flow_matching": [],
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_samples_are_of_the_mixture(name, example, capsys):
+    found = example(name).main(MIXTURES[name])
+    # 2000 samples of three equal parts: beyond five standard errors is a false alarm.
+    assert found["share"] == pytest.approx(1 / 3, abs=0.055)
+    assert found["spread"] == pytest.approx(0.2, rel=0.12)
+    assert "spread" in capsys.readouterr().out
+
+
+def test_k_diffusion_beside_its_peer(example):
+    from k_diffusion_peer import sampling
+
+    sampling()
+    found = example("with_k_diffusion").main(["--sampler", "sample_euler_ancestral", "--steps", "12"])
+    assert found["difference"] < 1e-3
+
+
+def test_diffusers(example, capsys):
+    pytest.importorskip("diffusers")
+    found = example("with_diffusers").main(["--steps", "5", "--scheduler", "EulerDiscreteScheduler"])
+    assert found["difference"] < 1e-3 and found["ratio"] > 0
+    assert "EulerDiscreteScheduler.step" in capsys.readouterr().out
