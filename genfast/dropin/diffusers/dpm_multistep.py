@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from genfast.dropin.diffusers.base import (
     Fused,
+    HostTimesteps,
     Plan,
     Rows,
     check_seed,
@@ -106,13 +107,14 @@ def estimate_columns(algorithm: str, prediction: str, alpha, sigma, flow_sigma):
 class FusedMultistep(Fused):
     """What the multistep solvers share: the order of a step, the history, and one kernel for both.
 
-    A class says ``upcasts``, whether the peer updates in float32 whatever the sample's dtype, and
-    ``ends_with_euler``; others write ``weights`` and ``estimate``.
+    A class says ``upcasts``, whether the peer updates in float32 whatever the sample's dtype, ``draws_third_order``,
+    whether its third order has an SDE form, and ``ends_with_euler``; others write ``weights`` and ``estimate``.
     """
 
     watched = ("sigmas", "timesteps")
     default_key = (1,)
     upcasts = False
+    draws_third_order = False
 
     def build(self) -> Plan:
         config = self.config
@@ -145,6 +147,8 @@ class FusedMultistep(Fused):
 
     def weights(self, plan, order):
         """See :func:`multistep_weights`."""
+        if order == 3 and plan.stochastic and not self.draws_third_order:
+            return None
         return multistep_weights(plan.algorithm, self.config.solver_type, order, *self.alpha_sigma_lambda())
 
     def estimate(self, plan):
@@ -178,10 +182,11 @@ class FusedMultistep(Fused):
             noise=noise,
         )
 
-    def advance(self, model_output, timestep, sample, draw=None, seed=None):
+    def advance(self, model_output, timestep, sample, draw=None, seed=None, noise_dtype=None):
         """The next sample, with everything that the peer keeps brought up to date, or NotImplemented and nothing done.
 
-        ``draw(like, dtype)`` makes the peer's noise for an estimate of that dtype.
+        ``draw(like, dtype)`` makes the peer's noise for an estimate of that dtype; ``noise_dtype`` is that of noise
+        that the caller gave.
         """
         plan = self.current_plan()
         past = self.model_outputs
@@ -205,6 +210,8 @@ class FusedMultistep(Fused):
             if not all(m is not None for m in history):
                 return NotImplemented
             next_dtype = promoted(sample, output, *history)
+            if noise_dtype is not None:
+                next_dtype = torch.promote_types(next_dtype, noise_dtype)
         elif dtype is torch.float64 or sample.dtype is torch.float64:
             return NotImplemented
         result = fused(
@@ -245,13 +252,17 @@ class _FusedDPM(FusedMultistep):
         if not self.current_plan().stochastic:
             result = self.advance(model_output, timestep, sample)
         else:
-            seed = check_seed(self, generator, seed)
+            if variance_noise is None:
+                seed = check_seed(self, generator, seed)
+            elif seed is not None:
+                raise ValueError("seed and variance_noise exclude each other: give one source of noise")
             result = self.advance(
                 model_output,
                 timestep,
                 sample,
                 lambda like, dtype: self._noise(like, dtype, generator, variance_noise),
                 seed,
+                getattr(variance_noise, "dtype", None),
             )
             if result is NotImplemented:
                 needs_generator(seed)
@@ -263,7 +274,7 @@ class _FusedDPM(FusedMultistep):
 class DPMSolverMultistepScheduler(_FusedDPM, diffusers.DPMSolverMultistepScheduler):
     """``diffusers.DPMSolverMultistepScheduler`` with a fused ``step``."""
 
-    upcasts = True
+    upcasts = draws_third_order = True
 
     @staticmethod
     def ends_with_euler(config) -> bool:
@@ -284,6 +295,14 @@ class DPMSolverMultistepInverseScheduler(_FusedDPM, diffusers.DPMSolverMultistep
     @staticmethod
     def ends_with_euler(config) -> bool:
         return config.euler_at_final
+
+    def _init_step_index(self, timestep):
+        value = self.host_timestep(timestep)
+        places = None if value is None else HostTimesteps.of(self).places.get(value)
+        if places is None:
+            super()._init_step_index(timestep)
+        else:
+            self._step_index = places[min(len(places), 2) - 1]  # the second, as in index_for_timestep of the others
 
     @staticmethod
     def _noise(like, dtype, generator, variance_noise):

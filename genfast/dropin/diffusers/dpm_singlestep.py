@@ -139,7 +139,7 @@ class DPMSolverSinglestepScheduler(Fused, diffusers.DPMSolverSinglestepScheduler
             (sample, output, *rest),
             plan.rows((order,), self.make_rows),
             row,
-            promoted(sample if order == 1 else self.sample, output, *rest),
+            torch.promote_types(promoted(*rest) if rest else sample.dtype, dtype),
             dtype,
             threshold=plan.threshold if plan.limited else None,
             draw=draw if plan.stochastic else None,

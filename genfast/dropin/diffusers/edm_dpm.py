@@ -23,12 +23,8 @@ class EDMDPMSolverMultistepScheduler(FusedMultistep, diffusers.EDMDPMSolverMulti
     def build(self) -> Plan:
         plan = super().build()
         plan.keeps_output = plan.has_outputs_dtype = plan.first_three = False
-        plan.c_in = [float(self._get_conditioning_c_in(sigma)) for sigma in levels(self.sigmas)]
+        plan.c_in = self._get_conditioning_c_in(levels(self.sigmas)).tolist()
         return plan
-
-    def weights(self, plan, order):
-        # The peer's third order has no SDE form.
-        return None if order == 3 and plan.stochastic else super().weights(plan, order)
 
     def estimate(self, plan):
         sigma, sigma_data = levels(self.sigmas)[:-1], self.config.sigma_data
