@@ -4,6 +4,7 @@ arXiv:2211.01095), as ODE and as SDE."""
 from __future__ import annotations
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.schedulers import scheduling_dpmsolver_multistep, scheduling_dpmsolver_multistep_inverse
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -14,7 +15,6 @@ from genfast.dropin.diffusers.base import (
     Plan,
     Rows,
     check_seed,
-    columns,
     fused,
     levels,
     needs_generator,
@@ -26,76 +26,92 @@ from genfast.dropin.diffusers.base import (
 _output = output_maker(SchedulerOutput)
 
 
+def signal_and_noise(scheduler: Fused):
+    """(sigmas, alpha, sigma, lambda), float32 NumPy arrays [levels], from the peer's own torch functions."""
+    sigmas = levels(scheduler.sigmas)
+    alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigmas)
+    alpha = alpha.to(sigma.dtype).expand(sigma.shape)  # one number where no signal is lost
+    return tuple(v.numpy() for v in (sigmas, alpha, sigma, torch.log(alpha) - torch.log(sigma)))
+
+
+def _exp(v):  # NumPy's differs in the last bit
+    return torch.from_numpy(v).exp().numpy()
+
+
 def interval_terms(algorithm: str, alpha_t, sigma_t, alpha_s, sigma_s, h):
     """(a, w, first, second, noise), float64, of moves over intervals from levels s to t, h = lambda_t - lambda_s:
     x' = a x + w D_0 + first D_1 + second D_2 + noise z, where the estimates D are of x0 with "++", else of eps, and D_1
     and D_2 are its first two derivatives in lambda / h. None for an unknown algorithm.
 
-    ``first`` is the exact integral of a linear estimate (solver type "heun"); "midpoint" has half of w.
+    ``first`` is the exact integral of a linear estimate (solver type "heun"); "midpoint" has half of w. The arithmetic
+    is the peers' in float32, in NumPy, whose small arrays cost a third of torch's.
     """
     noise = None
     if algorithm == "dpmsolver++":
-        a, w = sigma_t / sigma_s, -(alpha_t * (torch.exp(-h) - 1.0))
-        first = alpha_t * ((torch.exp(-h) - 1.0) / h + 1.0)
-        second = -(alpha_t * ((torch.exp(-h) - 1.0 + h) / h**2 - 0.5))
+        e = _exp(-h) - 1.0
+        a, w = sigma_t / sigma_s, -(alpha_t * e)
+        first = alpha_t * (e / h + 1.0)
+        second = -(alpha_t * ((e + h) / h**2 - 0.5))
     elif algorithm == "dpmsolver":
-        a, w = alpha_t / alpha_s, -(sigma_t * (torch.exp(h) - 1.0))
-        first = -(sigma_t * ((torch.exp(h) - 1.0) / h - 1.0))
-        second = -(sigma_t * ((torch.exp(h) - 1.0 - h) / h**2 - 0.5))
+        e = _exp(h) - 1.0
+        a, w = alpha_t / alpha_s, -(sigma_t * e)
+        first = -(sigma_t * (e / h - 1.0))
+        second = -(sigma_t * ((e - h) / h**2 - 0.5))
     elif algorithm == "sde-dpmsolver++":
-        a, w = sigma_t / sigma_s * torch.exp(-h), alpha_t * (1 - torch.exp(-2.0 * h))
-        first = alpha_t * ((1.0 - torch.exp(-2.0 * h)) / (-2.0 * h) + 1.0)
-        second = alpha_t * ((1.0 - torch.exp(-2.0 * h) - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
-        noise = sigma_t * torch.sqrt(1.0 - torch.exp(-2 * h))
+        e = 1.0 - _exp(-2.0 * h)
+        a, w = sigma_t / sigma_s * _exp(-h), alpha_t * e
+        first = alpha_t * (e / (-2.0 * h) + 1.0)
+        second = alpha_t * ((e - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
+        noise = sigma_t * np.sqrt(e)
     elif algorithm == "sde-dpmsolver":
-        a, w = alpha_t / alpha_s, -(2.0 * (sigma_t * (torch.exp(h) - 1.0)))
-        first = -(2.0 * (sigma_t * ((torch.exp(h) - 1.0) / h - 1.0)))
-        second = torch.full_like(h, float("nan"))  # the peers have no third order of it
-        noise = sigma_t * torch.sqrt(torch.exp(2 * h) - 1.0)
+        e = _exp(h) - 1.0
+        a, w = alpha_t / alpha_s, -(2.0 * (sigma_t * e))
+        first = -(2.0 * (sigma_t * (e / h - 1.0)))
+        second = np.full_like(h, np.nan)  # the peers have no third order of it
+        noise = sigma_t * np.sqrt(_exp(2.0 * h) - 1.0)
     else:
         return None
-    return *(v.double() for v in (a, w, first, second)), None if noise is None else noise.double()
+    return tuple(None if v is None else v.astype(np.float64) for v in (a, w, first, second, noise))
 
 
-def multistep_weights(algorithm: str, solver: str, order: int, alpha, sigma, lam):
+def multistep_weights(terms, solver: str, order: int, lam):
     """(a, [w_0, ..], noise), float64 [steps]: x' = a x + sum_k w_k m_k + noise z over every interval; None if the peer
     has no such update.
 
-    ``alpha``, ``sigma`` and ``lam`` = log(alpha / sigma) are those of all levels, float32; m_0 is the estimate at the
+    ``terms`` are those of all intervals, ``lam`` = log(alpha / sigma) float32 [levels]; m_0 is the estimate at the
     interval's start, m_1 and m_2 those before. A level before the first counts from the end, as it does in the peer.
     """
-    h = lam[1:] - lam[:-1]
-    terms = interval_terms(algorithm, alpha[1:], sigma[1:], alpha[:-1], sigma[:-1], h)
     if terms is None or (order == 2 and solver not in ("midpoint", "heun")):
         return None
     a, w, first, second, noise = terms
     if order == 1:
         return a, [w], noise
-    at = torch.arange(len(h))
-    r0 = (lam[:-1] - lam[(at - 1) % len(lam)]) / h
-    inverse_r0 = (1.0 / r0).double()
+    h = lam[1:] - lam[:-1]
+    before = np.roll(lam, 1)[:-1]
+    r0 = (lam[:-1] - before) / h
+    inverse_r0 = (1.0 / r0).astype(np.float64)
     if order == 2:
         d1 = (0.5 * w if solver == "midpoint" else first) * inverse_r0
         return a, [w + d1, -d1], noise
-    r1 = (lam[(at - 1) % len(lam)] - lam[(at - 2) % len(lam)]) / h
+    r1 = (before - np.roll(lam, 2)[:-1]) / h
     # D_1 = D_10 + r0 / (r0 + r1) (D_10 - D_11) and D_2 = (D_10 - D_11) / (r0 + r1), with D_10 = (m_0 - m_1) / r0 and
     # D_11 = (m_1 - m_2) / r1.
-    share, inverse = (r0 / (r0 + r1)).double(), (1.0 / (r0 + r1)).double()
+    share, inverse = (r0 / (r0 + r1)).astype(np.float64), (1.0 / (r0 + r1)).astype(np.float64)
     newer = (first * (1 + share) + second * inverse) * inverse_r0
-    older = -(first * share + second * inverse) * (1.0 / r1).double()
+    older = -(first * share + second * inverse) * (1.0 / r1).astype(np.float64)
     return a, [w + newer, older - newer, -older], noise
 
 
-def estimate_columns(algorithm: str, prediction: str, alpha, sigma, flow_sigma):
+def estimate_columns(algorithm: str, prediction: str, sigmas, alpha, sigma):
     """(k, m), float64 [steps]: the estimate that the solver keeps is k sample + m output; None if there is none."""
-    alpha, sigma = alpha[:-1].double(), sigma[:-1].double()
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    sigmas, alpha, sigma = (v[:-1].astype(np.float64) for v in (sigmas, alpha, sigma))
+    zero, one = np.zeros_like(alpha), np.ones_like(alpha)
     if algorithm.endswith("++"):
         return {
             "epsilon": (1 / alpha, -sigma / alpha),
             "sample": (zero, one),
             "v_prediction": (alpha, -sigma),
-            "flow_prediction": (one, -flow_sigma[:-1].double()),
+            "flow_prediction": (one, -sigmas),
         }.get(prediction)
     return {
         "epsilon": (zero, one),
@@ -104,11 +120,19 @@ def estimate_columns(algorithm: str, prediction: str, alpha, sigma, flow_sigma):
     }.get(prediction)
 
 
+quietly = np.errstate(all="ignore")  # the peers divide tensors by zero without a word; such rows are left to them
+
+
+def side_by_side(*parts):
+    """[rows, columns] of arrays [rows]."""
+    return np.array(parts).T
+
+
 class FusedMultistep(Fused):
     """What the multistep solvers share: the order of a step, the history, and one kernel for both.
 
     A class says ``upcasts``, whether the peer updates in float32 whatever the sample's dtype, ``draws_third_order``,
-    whether its third order has an SDE form, and ``ends_with_euler``; others write ``weights`` and ``estimate``.
+    whether its third order has an SDE form, and ``ends_with_euler``; others write ``estimate`` or ``make_rows``.
     """
 
     watched = ("sigmas", "timesteps")
@@ -124,6 +148,7 @@ class FusedMultistep(Fused):
         falls_off = bool(config.lower_order_final and steps < 15)
         is_estimate = prediction == ("sample" if plus else "epsilon")
         return Plan(
+            levels=None,
             algorithm=algorithm,
             stochastic=algorithm.startswith("sde-"),
             order=config.solver_order,
@@ -139,46 +164,46 @@ class FusedMultistep(Fused):
     def planned_keys(self, plan):
         return [(order,) for order in range(1, plan.order + 1)]
 
-    def alpha_sigma_lambda(self):
-        """float32 [levels]."""
-        alpha, sigma = self._sigma_to_alpha_sigma_t(levels(self.sigmas))
-        alpha = alpha.to(sigma.dtype).expand(sigma.shape)  # one number where no signal is lost
-        return alpha, sigma, torch.log(alpha) - torch.log(sigma)
-
-    def weights(self, plan, order):
-        """See :func:`multistep_weights`."""
-        if order == 3 and plan.stochastic and not self.draws_third_order:
-            return None
-        return multistep_weights(plan.algorithm, self.config.solver_type, order, *self.alpha_sigma_lambda())
-
     def estimate(self, plan):
-        """(k, m), float64 [steps]: the estimate that the solver keeps is k sample + m output; None if there is none."""
-        alpha, sigma, _ = self.alpha_sigma_lambda()
-        return estimate_columns(plan.algorithm, self.config.prediction_type, alpha, sigma, levels(self.sigmas))
+        """See :func:`estimate_columns`."""
+        return estimate_columns(plan.algorithm, self.config.prediction_type, *plan.levels[:3])
 
+    def prepare(self, plan) -> None:
+        """What the tables of all orders share."""
+        plan.levels = _, alpha, sigma, lam = signal_and_noise(self)
+        h = lam[1:] - lam[:-1]
+        plan.terms = interval_terms(plan.algorithm, alpha[1:], sigma[1:], alpha[:-1], sigma[:-1], h)
+        plan.estimate = self.estimate(plan)
+
+    @quietly
     def make_rows(self, plan, order) -> Rows | None:
         """(sample, output, m_1, ..) -> next sample and the new estimate m_0; one row per step."""
-        weights, estimate = self.weights(plan, order), self.estimate(plan)
-        if weights is None or estimate is None:
+        if plan.levels is None:
+            self.prepare(plan)
+        if plan.estimate is None or (order == 3 and plan.stochastic and not self.draws_third_order):
+            return None
+        _, alpha, sigma, lam = plan.levels
+        weights = multistep_weights(plan.terms, self.config.solver_type, order, lam)
+        if weights is None:
             return None
         a, (new, *past), noise = weights
-        k, m = estimate
-        none = torch.zeros_like(a)
+        k, m = plan.estimate
+        none = np.zeros_like(a)
         padding = [none] * len(past)
         if not plan.limited:
-            kept = None if plan.keeps_output else columns(k, m, *padding)
-            return rows(columns(a + new * k, new * m, *past), second=kept, noise=noise)
+            kept = None if plan.keeps_output else side_by_side(k, m, *padding)
+            return rows(side_by_side(a + new * k, new * m, *past), second=kept, noise=noise)
         if plan.algorithm.endswith("++"):
-            one = torch.ones_like(a)
-            return rows(columns(a, none, *past), x0=new, to_x0=columns(k, m), second_x0=one, noise=noise)
+            one = np.ones_like(a)
+            return rows(side_by_side(a, none, *past), x0=new, to_x0=side_by_side(k, m), second_x0=one, noise=noise)
         # eps once more, from the limited x0 = (x - sigma eps) / alpha.
-        alpha_s, sigma_s = (v[:-1].double() for v in self.alpha_sigma_lambda()[:2])
+        alpha, sigma = alpha[:-1].astype(np.float64), sigma[:-1].astype(np.float64)
         return rows(
-            columns(a + new / sigma_s, none, *past),
-            x0=-new * alpha_s / sigma_s,
-            to_x0=columns((1 - sigma_s * k) / alpha_s, -sigma_s * m / alpha_s),
-            second=columns(1 / sigma_s, none, *padding),
-            second_x0=-alpha_s / sigma_s,
+            side_by_side(a + new / sigma, none, *past),
+            x0=-new * alpha / sigma,
+            to_x0=side_by_side((1 - sigma * k) / alpha, -sigma * m / alpha),
+            second=side_by_side(1 / sigma, none, *padding),
+            second_x0=-alpha / sigma,
             noise=noise,
         )
 

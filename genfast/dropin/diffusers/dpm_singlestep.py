@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.schedulers import scheduling_dpmsolver_singlestep as peer
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -12,15 +13,19 @@ from genfast.dropin.diffusers.base import (
     Plan,
     Rows,
     check_seed,
-    columns,
     fused,
-    levels,
     needs_generator,
     output_maker,
     promoted,
     rows,
 )
-from genfast.dropin.diffusers.dpm_multistep import estimate_columns, interval_terms
+from genfast.dropin.diffusers.dpm_multistep import (
+    estimate_columns,
+    interval_terms,
+    quietly,
+    side_by_side,
+    signal_and_noise,
+)
 
 _output = output_maker(SchedulerOutput)
 
@@ -39,6 +44,7 @@ class DPMSolverSinglestepScheduler(Fused, diffusers.DPMSolverSinglestepScheduler
         plus = config.algorithm_type.endswith("++")
         is_estimate = config.prediction_type == ("sample" if plus else "epsilon")
         return Plan(
+            levels=None,
             order=config.solver_order,
             stochastic=config.algorithm_type.startswith("sde-"),
             first_three=config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range"),
@@ -50,50 +56,51 @@ class DPMSolverSinglestepScheduler(Fused, diffusers.DPMSolverSinglestepScheduler
     def planned_keys(self, plan):
         return [(order,) for order in range(1, plan.order + 1)]
 
+    @quietly
     def make_rows(self, plan, order) -> Rows | None:
         """Order 1: (sample, output); else (sample, output, sample of the cycle's start, m_1, ..): next sample and the
         new estimate m_0; one row per step."""
-        config, sigmas = self.config, levels(self.sigmas)
-        alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
-        lam = torch.log(alpha) - torch.log(sigma)
-        estimate = estimate_columns(config.algorithm_type, config.prediction_type, alpha, sigma, sigmas)
-        if plan.limited and not config.algorithm_type.endswith("++"):
+        config = self.config
+        algorithm, solver = config.algorithm_type, config.solver_type
+        if plan.levels is None:
+            plan.levels = signal_and_noise(self)
+        sigmas, alpha, sigma, lam = plan.levels
+        estimate = estimate_columns(algorithm, config.prediction_type, sigmas, alpha, sigma)
+        if plan.limited and not algorithm.endswith("++"):
             return None
-        count = len(lam)
-        at = torch.arange(count - 1)
-        begin = (at - order + 1) % count  # before the first level: from the end, as in the peer
-        h = lam[1:] - lam[begin]
-        terms = interval_terms(config.algorithm_type, alpha[1:], sigma[1:], alpha[begin], sigma[begin], h)
-        solver = config.solver_type
+        # The level at which the cycle begins; before the first level: from the end, as in the peer.
+        alpha_s, sigma_s, lam_s = (np.roll(v, order - 1)[:-1] for v in (alpha, sigma, lam))
+        h = lam[1:] - lam_s
+        terms = interval_terms(algorithm, alpha[1:], sigma[1:], alpha_s, sigma_s, h)
         if terms is None or estimate is None or (order > 1 and solver not in ("midpoint", "heun")):
             return None
         a, w, first, second, noise = terms
         if order == 1:
             weights = [w]
         elif order == 2:
-            d1 = (0.5 * w if solver == "midpoint" else first) * (1.0 / ((lam[:-1] - lam[begin]) / h)).double()
+            d1 = (0.5 * w if solver == "midpoint" else first) * (1.0 / ((lam[:-1] - lam_s) / h)).astype(np.float64)
             weights = [d1, w - d1]
         else:
-            r0, r1 = (lam[:-1] - lam[begin]) / h, (lam[(at - 1) % count] - lam[begin]) / h
-            inverse_r0, inverse_r1 = (1.0 / r0).double(), (1.0 / r1).double()
+            r0, r1 = (lam[:-1] - lam_s) / h, (np.roll(lam, 1)[:-1] - lam_s) / h
+            inverse_r0, inverse_r1 = (1.0 / r0).astype(np.float64), (1.0 / r1).astype(np.float64)
             if solver == "midpoint":
-                newest, middle = first * inverse_r0, torch.zeros_like(w)
+                newest, middle = first * inverse_r0, np.zeros_like(w)
             else:
-                r0, r1 = r0.double(), r1.double()
+                r0, r1 = r0.astype(np.float64), r1.astype(np.float64)
                 newest = (2 * second - first * r1) / (r0 - r1) * inverse_r0
                 middle = (first * r0 - 2 * second) / (r0 - r1) * inverse_r1
             weights = [newest, middle, w - newest - middle]
         new, *past = weights
         k, m = estimate
-        none, one = torch.zeros_like(a), torch.ones_like(a)
+        none, one = np.zeros_like(a), np.ones_like(a)
         own = [a, none] if order == 1 else [none, none, a]
         if plan.limited:
-            return rows(columns(*own, *past), x0=new, to_x0=columns(k, m), second_x0=one, noise=noise)
+            return rows(side_by_side(*own, *past), x0=new, to_x0=side_by_side(k, m), second_x0=one, noise=noise)
         own[0], own[1] = own[0] + new * k, own[1] + new * m
         kept = None
         if not plan.keeps_output:
-            kept = columns(k, m, *[none] * (len(own) + len(past) - 2))
-        return rows(columns(*own, *past), second=kept, noise=noise)
+            kept = side_by_side(k, m, *[none] * (len(own) + len(past) - 2))
+        return rows(side_by_side(*own, *past), second=kept, noise=noise)
 
     def step(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.schedulers import scheduling_edm_dpmsolver_multistep as peer
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -27,12 +28,13 @@ class EDMDPMSolverMultistepScheduler(FusedMultistep, diffusers.EDMDPMSolverMulti
         return plan
 
     def estimate(self, plan):
-        sigma, sigma_data = levels(self.sigmas)[:-1], self.config.sigma_data
+        sigma, sigma_data = plan.levels[0][:-1], self.config.sigma_data
         sign = {"epsilon": 1, "v_prediction": -1}.get(self.config.prediction_type)
         if sign is None:
             return None
         k = sigma_data**2 / (sigma**2 + sigma_data**2)
-        return k.double(), (sign * sigma * sigma_data / (sigma**2 + sigma_data**2) ** 0.5).double()
+        m = sign * sigma * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
+        return k.astype(np.float64), m.astype(np.float64)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """c_in times the sample."""
