@@ -185,7 +185,7 @@ def test_class_is_the_peers_by_inheritance(cls, tmp_path):
     peer = peer_class(cls)
     assert issubclass(cls, peer) and cls.__name__ == peer.__name__ and cls.__doc__
     theirs, mine = peer(), cls()
-    assert mine.config == theirs.config and mine.order == theirs.order
+    assert mine.config == theirs.config and getattr(mine, "order", None) == getattr(theirs, "order", None)
     mine.save_pretrained(tmp_path)
     assert type(peer.from_pretrained(tmp_path)) is peer and type(cls.from_pretrained(tmp_path)) is cls
     assert type(cls.from_config(theirs.config)) is cls
@@ -222,7 +222,7 @@ def test_attributes_after_set_timesteps_are_the_peers(cls):
     assert set(vars(mine)) - own == set(vars(theirs))
     for name, value in vars(theirs).items():
         if isinstance(value, torch.Tensor):
-            assert torch.equal(getattr(mine, name), value), name
+            assert torch.equal(getattr(mine, name).nan_to_num(-1), value.nan_to_num(-1)), name
         elif isinstance(value, (int, float, str, type(None))):
             assert getattr(mine, name) == value, name
 
@@ -309,9 +309,18 @@ class Dispatches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+# Those with a step that draws nothing by default; ancestral ones draw, and so does the tree of DPMSolverSDE.
 DETERMINISTIC = [
-    c for c in CLASSES if hasattr(c, "step") and "generator" not in inspect.signature(c.step).parameters
-] + [c for c in CLASSES if c.__name__ in ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")]
+    cls
+    for cls in CLASSES
+    if hasattr(cls, "step")
+    and cls.__name__ != "DPMSolverSDEScheduler"
+    and (
+        "generator" not in inspect.signature(cls.step).parameters
+        or cls.__name__
+        in ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler")
+    )
+]
 
 
 @pytest.mark.skipif(genfast.backends.cpu_isa() is None, reason="needs a native module")

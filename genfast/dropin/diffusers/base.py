@@ -263,7 +263,7 @@ def _finding_index(peer_index_for_timestep):
     def index_for_timestep(self, timestep, schedule_timesteps=None):
         if schedule_timesteps is None or schedule_timesteps is self.timesteps:
             value = self.host_timestep(timestep)
-            if value is not None:
+            if value is not None and value == value:  # the peer finds no NaN
                 places = HostTimesteps.of(self).places.get(value)
                 if places is not None:
                     # A schedule that visits a level twice starts at the second visit: an image-to-image run that

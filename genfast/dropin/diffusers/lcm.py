@@ -47,7 +47,10 @@ class LCMScheduler(Fused, diffusers.LCMScheduler):
         if made is None:
             return None
         k, m = made[:2]
-        c_skip, c_out = (c.double() for c in self.get_scalings_for_boundary_condition_discrete(t))
+        scaled = t * self.config.timestep_scaling
+        sigma_data = 0.5
+        c_skip = (sigma_data**2 / (scaled**2 + sigma_data**2)).double()
+        c_out = (scaled / (scaled**2 + sigma_data**2) ** 0.5).double()
         keep = torch.where(last, 1.0, after.sqrt()).double()
         noise = torch.where(last, 0.0, (1 - after).sqrt())
         if plan.clip is None and plan.threshold is None:
@@ -104,4 +107,5 @@ class LCMScheduler(Fused, diffusers.LCMScheduler):
             needs_generator(seed)
             return super().step(model_output, timestep, sample, generator, return_dict)
         self._step_index = row + 1
+        self.sigma_data = 0.5  # as the peer's step leaves it
         return _output(*result) if return_dict else result
