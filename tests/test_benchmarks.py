@@ -259,8 +259,8 @@ def test_one_plot_file_per_family():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["nothing"], "FAMILY must be one of sampler_step"),
-        (["--only", "no case has this"], "leaves no case of sampler_step"),
+        (["nothing"], "FAMILY must be one of dropin, sampler_step"),
+        (["sampler_step", "--only", "no case has this"], "leaves no case of sampler_step"),
         pytest.param(
             ["--device", "cuda"],
             "torch finds no GPU here",

@@ -25,6 +25,7 @@ except ImportError as unsupported:
 import genfast.dropin.diffusers as ours  # noqa: E402
 from genfast.dropin.diffusers.base import output_maker, peer_class  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CLASSES = [cls for _, cls in ours.replacements()]
 names = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 
