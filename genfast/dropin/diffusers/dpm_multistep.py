@@ -131,12 +131,14 @@ def side_by_side(*parts):
 class FusedMultistep(Fused):
     """What the multistep solvers share: the order of a step, the history, and one kernel for both.
 
-    A class says ``upcasts``, whether the peer updates in float32 whatever the sample's dtype, ``draws_third_order``,
-    whether its third order has an SDE form, and ``ends_with_euler``; others write ``estimate`` or ``make_rows``.
+    A class says which ``algorithms`` its peer knows, ``upcasts``, whether the peer updates in float32 whatever the
+    sample's dtype, ``draws_third_order``, whether its third order has an SDE form, and ``ends_with_euler``; others
+    write ``estimate`` or ``make_rows``.
     """
 
     watched = ("sigmas", "timesteps")
     default_key = (1,)
+    algorithms = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
     upcasts = False
     draws_third_order = False
 
@@ -180,7 +182,9 @@ class FusedMultistep(Fused):
         """(sample, output, m_1, ..) -> next sample and the new estimate m_0; one row per step."""
         if plan.levels is None:
             self.prepare(plan)
-        if plan.estimate is None or (order == 3 and plan.stochastic and not self.draws_third_order):
+        if plan.estimate is None or plan.algorithm not in self.algorithms:
+            return None
+        if order == 3 and plan.stochastic and not self.draws_third_order:
             return None
         _, alpha, sigma, lam = plan.levels
         weights = multistep_weights(plan.terms, self.config.solver_type, order, lam)
@@ -216,6 +220,8 @@ class FusedMultistep(Fused):
         plan = self.current_plan()
         past = self.model_outputs
         if self.num_inference_steps is None or len(past) != plan.order:
+            return NotImplemented
+        if not (isinstance(model_output, torch.Tensor) and isinstance(sample, torch.Tensor)):
             return NotImplemented
         if self._step_index is None:
             self._init_step_index(timestep)

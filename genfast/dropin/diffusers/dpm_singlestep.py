@@ -66,7 +66,7 @@ class DPMSolverSinglestepScheduler(Fused, diffusers.DPMSolverSinglestepScheduler
             plan.levels = signal_and_noise(self)
         sigmas, alpha, sigma, lam = plan.levels
         estimate = estimate_columns(algorithm, config.prediction_type, sigmas, alpha, sigma)
-        if plan.limited and not algorithm.endswith("++"):
+        if algorithm == "sde-dpmsolver" or (plan.limited and not algorithm.endswith("++")):
             return None
         # The level at which the cycle begins; before the first level: from the end, as in the peer.
         alpha_s, sigma_s, lam_s = (np.roll(v, order - 1)[:-1] for v in (alpha, sigma, lam))
@@ -133,6 +133,8 @@ class DPMSolverSinglestepScheduler(Fused, diffusers.DPMSolverSinglestepScheduler
 
     def _advance(self, plan, row, order, model_output, sample, past, generator, seed):
         """The next sample, or NotImplemented and nothing done."""
+        if not (isinstance(model_output, torch.Tensor) and isinstance(sample, torch.Tensor)):
+            return NotImplemented
         output = model_output[:, :3] if plan.first_three else model_output
         dtype = output.dtype if plan.has_outputs_dtype else promoted(sample, output)
         rest = () if order == 1 else (self.sample, *past[:-order:-1])

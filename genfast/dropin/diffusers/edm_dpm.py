@@ -17,6 +17,8 @@ _output = output_maker(SchedulerOutput)
 class EDMDPMSolverMultistepScheduler(FusedMultistep, diffusers.EDMDPMSolverMultistepScheduler):
     """``diffusers.EDMDPMSolverMultistepScheduler`` with a fused ``step``."""
 
+    algorithms = ("dpmsolver++", "sde-dpmsolver++")
+
     @staticmethod
     def ends_with_euler(config) -> bool:
         return config.euler_at_final or config.final_sigmas_type == "zero"
