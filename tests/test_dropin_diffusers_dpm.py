@@ -393,6 +393,14 @@ def test_assigned_history(name, order, first):
     close(results[1], results[0])
 
 
+@pytest.mark.parametrize("name", [MULTI, INVERTED, DEIS, EDM])
+def test_a_longer_history_than_the_solver_uses(name):
+    case = Case(name, dict(solver_order=4))
+    no_less_exact(case)
+    with mock.patch.object(getattr(diffusers, name), "step", mock.Mock(side_effect=AssertionError("the peer's step"))):
+        run(case, ours)
+
+
 @names
 def test_history_of_other_dtypes_and_lengths(name):
     def both(change):
