@@ -47,8 +47,8 @@ class Entry:
 
     @property
     def label(self) -> str:
-        extra = " ".join(str(v) for v in (*self.config.values(), *self.options.values()))
-        return f"{self.name} {extra}".strip()
+        settings = {**self.config, **self.options}
+        return " ".join([self.name, *(v if isinstance(v, str) else f"{k}={v}" for k, v in settings.items())])
 
 
 def _repaint(scheduler, output, t, x, options):
@@ -93,7 +93,8 @@ ENTRIES = (
     Entry("EulerAncestralDiscrete", stochastic=True),
     Entry("KDPM2AncestralDiscrete", stochastic=True),
     Entry("DPMSolverMultistep", stochastic=True, config={"algorithm_type": "sde-dpmsolver++"}),
-    Entry("DPMSolverSDE", stochastic=True, seeded=False, large_steps=2),
+    # Seeded, or each loop would walk a Brownian path of its own.
+    Entry("DPMSolverSDE", stochastic=True, config={"noise_sampler_seed": SEED}, seeded=False, large_steps=2),
     Entry("SASolver", stochastic=True),
     Entry("LCM", stochastic=True),
     Entry("TCD", stochastic=True),
@@ -133,9 +134,10 @@ class Loop:
         tensors = pool(shape, torch.float32, device, least=8)
         self.tensors = tensors.tensors[:4] if shape == SMALL else tensors.tensors
         self.ready: list = []
+        self.used = 0
 
     def prepare(self, first: int, count: int) -> None:
-        self.ready = []
+        self.ready, self.used = [], 0
         for i in range(first, first + count):
             scheduler = self.make(**self.entry.config)
             self.entry.set_up(scheduler, self.steps)
@@ -152,9 +154,11 @@ class Loop:
             self.ready.append((scheduler, timesteps, x, outputs, options))
 
     def __call__(self, i: int):
-        if not self.ready:
+        if self.used == len(self.ready):
             self.prepare(i, 1)
-        scheduler, timesteps, x, outputs, options = self.ready.pop()
+        # Used up, but not freed before the next preparation: that would be timed.
+        scheduler, timesteps, x, outputs, options = self.ready[self.used]
+        self.used += 1
         advance = self.entry.advance
         if advance is None:
             step = scheduler.step

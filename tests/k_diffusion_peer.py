@@ -11,15 +11,15 @@ import pytest
 def sampling():
     """The module as installed. Of ``k_diffusion`` itself, which imports wandb, kornia and more, only the name is made
     when it does not import; ``utils`` gets stand-ins for the torchvision functions that the samplers never call."""
-    if importlib.util.find_spec("k_diffusion") is None:
+    spec = importlib.util.find_spec("k_diffusion")
+    if spec is None:
         pytest.skip("k-diffusion is not installed", allow_module_level=True)
     try:
         return importlib.import_module("k_diffusion.sampling")
     except ImportError:
         for name in [n for n in sys.modules if n.split(".")[0] == "k_diffusion"]:
             del sys.modules[name]
-    package = types.ModuleType("k_diffusion")
-    package.__path__ = list(importlib.util.find_spec("k_diffusion").submodule_search_locations)
+    package = importlib.util.module_from_spec(spec)  # its path, not its contents
     sys.modules["k_diffusion"] = package
     if importlib.util.find_spec("torchvision") is None:
         functional = types.ModuleType("torchvision.transforms.functional")

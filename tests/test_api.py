@@ -54,6 +54,11 @@ def test_readme_examples_run():
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) >= 4
     for block in blocks:
+        if "genfast.patch" in block:
+            try:
+                genfast.dropin.patching.PEERS["diffusers"].check()
+            except ImportError:
+                continue  # another release than the one that the drop-ins stand in for
         exec(compile(block, "<example of the README>", "exec"), namespace)
     assert namespace["x"].isfinite().all() and namespace["x0"].abs().max() <= 1
 

@@ -23,7 +23,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("torchsde")
 
 from diffusers.schedulers import scheduling_dpmsolver_sde, scheduling_sasolver  # noqa: E402
-from diffusers_peer import EPS, Case, compare, model, noise, run  # noqa: E402
+from diffusers_peer import Case, agree, compare, model, no_less_exact, run  # noqa: E402
 
 import genfast  # noqa: E402
 import genfast.dropin.diffusers as ours  # noqa: E402
@@ -64,46 +64,6 @@ def parts(draw, dtypes=DTYPES, shapes=SHAPES, most=15):
         begin=draw(st.sampled_from([None, None, steps // 2])),
         seed=draw(st.integers(0, 99)),
     )
-
-
-def agree(case, ulps=32.0):
-    """``compare``; a loop that the peer refuses is refused alike."""
-    try:
-        with noise(record=[]):
-            run(case, diffusers)
-    except Exception as refusal:
-        with pytest.raises(type(refusal)):
-            run(case, ours)
-    else:
-        compare(case, ulps)
-
-
-def no_less_exact(case):
-    """For formulas that amplify roundings: our step is no further from the peer's in float64 than twice the peer's own.
-
-    Both follow the inputs of one loop of the peer, which is not amplified from step to step then.
-    """
-    drawn = []
-    try:
-        with noise(record=drawn):
-            theirs, inputs = run(case, diffusers)
-    except Exception as refusal:
-        with pytest.raises(type(refusal)):
-            run(case, ours)
-        return
-    with noise(replay=drawn):
-        mine, _ = run(case, ours, follow=inputs)
-    with noise(replay=drawn):
-        truth, _ = run(case, diffusers, follow=inputs, dtype=F64)
-    worst = 0.0
-    for m, p, t, x in zip(mine, theirs, truth, inputs):
-        scale = max([1.0, *(v.abs().max().item() for v in (*x, t[0]) if v.isfinite().all())])
-        assert torch.equal(m[0].isfinite(), p[0].isfinite())
-        good = p[0].isfinite() & t[0].isfinite()
-        if good.any():
-            worst = max(worst, (p[0] - t[0])[good].abs().max().item())
-            error = (m[0] - t[0])[good].abs().max().item()
-            assert error <= 2 * worst + 32 * EPS[p[0].dtype] * scale, (error, worst, case)
 
 
 # --- UniPC -----------------------------------------------------------------------------------------------------------

@@ -81,6 +81,13 @@ class Plan:
         Anything else that a scheduler's ``build`` wants to keep.
     """
 
+    differences: Tensor | None = None
+
+    @functools.cached_property
+    def dt(self) -> list[Tensor]:
+        """``differences``, [steps], as 0-d tensors: the step sizes that some peers keep. Made at the first step."""
+        return list(self.differences)
+
     MOST_TABLES = 64  # a caller that changes eta at every step must not fill the memory
     plain_table: StepTable | None = None
 

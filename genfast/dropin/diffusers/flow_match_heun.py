@@ -30,14 +30,14 @@ class FlowMatchHeunDiscreteScheduler(Fused, diffusers.FlowMatchHeunDiscreteSched
 
     def build(self) -> Plan:
         sigmas = levels(self.sigmas)
-        return Plan(dt=list(sigmas[1:] - sigmas[:-1]))
+        return Plan(differences=sigmas[1:] - sigmas[:-1])
 
     def planned_keys(self, plan):
         return FIRST, SECOND
 
     def make_rows(self, plan, half) -> Rows:
         """``first``: x' = x + dt v of (x, v), and the derivative v; ``second``: s + dt / 2 (d + v) of (s, v, d)."""
-        dt = torch.stack(plan.dt).double()
+        dt = plan.differences.double()
         zero, one = torch.zeros_like(dt), torch.ones_like(dt)
         if half == "first":
             usable = levels(self.sigmas)[:-1] > 0  # where the peer divides by 0

@@ -31,13 +31,13 @@ class Slope:
     The second half step takes it from the two tensors, which are kept anyway, in the same pass as all else.
     """
 
-    __slots__ = ("sample", "sigma", "x0")
+    __slots__ = ("row", "sample", "sigmas", "x0")
 
-    def __init__(self, sample: Tensor, x0: Tensor, sigma: Tensor):
-        self.sample, self.x0, self.sigma = sample, x0, sigma
+    def __init__(self, sample: Tensor, x0: Tensor, sigmas: Tensor, row: int):
+        self.sample, self.x0, self.sigmas, self.row = sample, x0, sigmas, row
 
     def tensor(self) -> Tensor:
-        return (self.sample - self.x0) / self.sigma
+        return (self.sample - self.x0) / self.sigmas[self.row]
 
 
 class SlopeAttribute:
@@ -65,8 +65,8 @@ class HeunDiscreteScheduler(Fused, diffusers.HeunDiscreteScheduler):
         sigmas = levels(self.sigmas)
         return Plan(
             scale=((sigmas**2 + 1) ** 0.5).tolist(),
-            sigmas=list(sigmas),
-            dt=list(sigmas[1:] - sigmas[:-1]),
+            sigmas=sigmas,
+            differences=sigmas[1:] - sigmas[:-1],
             x0_is_output=self.config.prediction_type == "sample",
         )
 
@@ -162,7 +162,7 @@ class HeunDiscreteScheduler(Fused, diffusers.HeunDiscreteScheduler):
             if return_dict:
                 result = _output(*result)
         if dt is None:
-            attributes["prev_derivative"] = Slope(sample, x0, plan.sigmas[row])
+            attributes["prev_derivative"] = Slope(sample, x0, plan.sigmas, row)
             attributes["dt"], attributes["sample"] = plan.dt[row], sample
         else:
             attributes["prev_derivative"] = attributes["dt"] = attributes["sample"] = None

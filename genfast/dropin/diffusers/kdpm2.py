@@ -138,7 +138,7 @@ class KDPM2AncestralDiscreteScheduler(_FusedKDPM2, diffusers.KDPM2AncestralDiscr
         return Plan(
             scale=((sigmas**2 + 1) ** 0.5).tolist(),
             scale_between=[scale_between[-1], *scale_between[:-1]],
-            dt=list(between - sigmas),
+            differences=between - sigmas,
         )
 
     def make_rows(self, plan, half) -> Rows | None:
