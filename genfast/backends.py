@@ -34,11 +34,12 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 ISAS = ("base", "avx2", "avx512", "amx")
 """Instruction sets with a native module of their own, weakest first."""
 
-FAMILIES = ("sampler_step",)
+FAMILIES = ("sampler_step", "token_sampling")
 
 # The order in which CUDA tensors are offered to the GPU backends, per family. The design asks for a measurement
 # before `cuda` comes first; no GPU has been at hand for this family yet, so Triton leads.
-CUDA_ORDER = {"sampler_step": ("triton", "cuda")}
+# A family without `cuda` in its line has no CUDA C++ kernels.
+CUDA_ORDER = {"sampler_step": ("triton", "cuda"), "token_sampling": ("triton",)}
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("genfast_backend", default=None)
 _environment: str | None = os.environ.get("GENFAST_BACKEND")  # read once: a look-up per call costs as much as a step
@@ -95,6 +96,8 @@ def choose(family: str, op: str, device: torch.device) -> tuple[str, Callable]:
 def _choose(family: str, op: str, device: str, ordered: str | None) -> tuple[str, Callable]:
     if ordered is not None:
         why = missing(ordered, device)
+        if ordered == "cuda" and ordered not in CUDA_ORDER[family]:
+            why = f"the family {family} has no CUDA C++ kernels (its GPU kernels are Triton's)"
         if why:
             raise BackendUnavailable(f"backend {ordered!r} was asked for, but {why}")
         return ordered, getattr(_module(ordered, family), op)

@@ -51,8 +51,8 @@ def philox_words(seed: Tensor, block: Tensor, sample: Tensor, stream: Tensor) ->
     k0, k1 = seed & MASK, (seed >> 32) & MASK
     c0, c1, c2, c3 = torch.broadcast_tensors(block & MASK, (block >> 32) & MASK, sample & MASK, stream & MASK)
     for _ in range(10):
-        hi0, lo0 = _mul_hi_lo(c0, M0)
-        hi1, lo1 = _mul_hi_lo(c2, M1)
+        hi0, lo0 = mul_hi_lo(c0, M0)
+        hi1, lo1 = mul_hi_lo(c2, M1)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
     return c0, c1, c2, c3
@@ -114,7 +114,8 @@ def signed64(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _mul_hi_lo(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+def mul_hi_lo(x: Tensor, m: int | Tensor) -> tuple[Tensor, Tensor]:
+    """(high, low) 32 bits of the product of int64 tensors in [0, 2^32)."""
     # int64 has no room for a 32 x 32 product with both operands unsigned, so split the operand in halves.
     low, high = (x & 0xFFFF) * m, (x >> 16) * m
     high = high + (low >> 16)

@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/bindings.h"
 #include "cpu/direct.h"
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
@@ -119,4 +120,5 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   module.def("philox_words", &words, py::arg("seed"), py::arg("block"), py::arg("sample"), py::arg("stream"),
              py::arg("out"), "The words of blocks [block, block + 16) as uint32 [4, 16] at address `out`.");
   register_direct(module);
+  register_token_sampling(module);
 }

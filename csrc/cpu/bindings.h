@@ -1,0 +1,9 @@
+// One function per family that adds its kernels to the module.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace genfast {
+
+void register_token_sampling(pybind11::module_& module);
+
+}  // namespace genfast

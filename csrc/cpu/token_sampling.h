@@ -1,0 +1,49 @@
+// Arguments of the CPU kernel `sample_tokens`. Strides count elements; a null address means "not given".
+#pragma once
+#include <cstdint>
+
+namespace genfast {
+
+enum Confidence : int { kNone = 0, kProbability = 1, kTempered = 2, kMargin = 3, kNegativeEntropy = 4, kRandom = 5 };
+
+struct Logits {
+  const char* data = nullptr;
+  int dtype = 0;
+  int64_t sequence_stride = 0, position_stride = 0;  // the entries of a row are neighbours
+};
+
+struct TokenArgs {
+  Logits logits, uncond;
+  float guidance = 1.0f;
+  int64_t length = 1, size = 0;   // positions of a sequence, entries of a row
+  const int64_t* rows = nullptr;  // which rows, or all
+  int64_t count = 0;              // how many
+  bool shift = false;
+
+  const float* scales = nullptr;  // log2(e) / temperature of each row asked for, 0: take the largest
+  float scale = 0.0f;             // the same for all
+  const double* temperatures = nullptr;
+  double temperature = 0.0;
+  int64_t top_k = 0;   // 0: all
+  uint64_t share = 0;  // top_p 2^64, 0: all
+  bool keep_crossing = true;
+  const int64_t *suppress = nullptr, *suppress_confidence = nullptr;  // sorted
+  int64_t suppress_count = 0, suppress_confidence_count = 0;
+
+  const char* noise = nullptr;  // uniform in [0, 1), [sequences, length, size]
+  bool noise_is_float64 = false;
+  bool philox = false;
+  int64_t seed = 0;
+  const int64_t* seeds = nullptr;  // one, or one per sequence
+  bool seed_per_sequence = false;
+  uint32_t stream = 0, offset = 0;
+  const int64_t* ids = nullptr;  // sample 2^32 + position of each row asked for
+
+  int confidence = kNone;
+  int64_t* tokens = nullptr;
+  float *confidences = nullptr, *logsumexp = nullptr, *entropy = nullptr, *margin = nullptr;
+};
+
+void sample_tokens(const TokenArgs& args);
+
+}  // namespace genfast
