@@ -1,21 +1,22 @@
 """What the compilers make of the GPU kernels that ship, on a machine with no GPU.
 
 ``python -m benchmarks.compile_report [--quick] [--target sm_90 ...] [--skip triton|cuda]`` compiles every Triton
-configuration of ``genfast.kernels.configurations`` and every ``csrc/cuda/*.cu`` ahead of time and prints registers,
-spills and shared memory per kernel and target. The exit code is 1 if a kernel spills.
+configuration of ``genfast.kernels`` (``configurations``, ``token_configurations``) and every ``csrc/cuda/*.cu`` ahead
+of time and prints registers, spills and shared memory per kernel and target. The exit code is 1 if a kernel spills.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
 QUICK_CASES = ("ddim", "guided_rescale_threshold_philox", "on_device")
+QUICK_TOKEN_CASES = ("greedy", "guided_few_rows", "top_k_top_p")
 QUICK_DTYPES = ("fp32+bf16",)
 
 
@@ -118,25 +120,41 @@ _TYPE_NAMES = {
     torch.float16: "fp16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
 }
 
 
 def triton_launches(cases=None, dtypes=None) -> dict[str, tuple[str, Launch]]:
     """Every distinct kernel of the configurations: key -> (name of the first configuration that uses it, launch)."""
-    from genfast.kernels import configurations
-    from genfast.kernels.sampler_step import sampler_step
-
     found: dict[str, tuple[str, Launch]] = {}
-    for case in configurations.CASES:
-        if cases is not None and case.name not in cases:
-            continue
-        for name in configurations.DTYPES if dtypes is None else dtypes:
-            args, options = configurations.arguments(case, name)
+    for case, dtype, call in _triton_calls():
+        if (cases is None or case in cases) and (dtypes is None or dtype in dtypes):
             with recorded_launches() as launches:
-                sampler_step(*args, **options)
+                call()
             for launch in launches:
-                found.setdefault(launch.key(), (f"{case.name}[{name}]", launch))
+                found.setdefault(launch.key(), (f"{case}[{dtype}]", launch))
     return found
+
+
+def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(name, dtypes, call) of every configuration of every family."""
+    from genfast.kernels import configurations, token_configurations
+    from genfast.kernels.sampler_step import sampler_step
+    from genfast.kernels.token_sampling import commit_, sample_tokens, select_transfer
+
+    for case in configurations.CASES:
+        for dtypes in configurations.DTYPES:
+            args, options = configurations.arguments(case, dtypes)
+            yield case.name, dtypes, functools.partial(sampler_step, *args, **options)
+    for name in token_configurations.CASES:
+        for dtype in token_configurations.DTYPES:
+            logits, options = token_configurations.arguments(name, dtype)
+            yield name, dtype, functools.partial(sample_tokens, logits, **options)
+    for name in token_configurations.TRANSFERS:
+        args, options = token_configurations.transfer_arguments(name)
+        yield name, "fp32", functools.partial(select_transfer, *args, **options)
+    args, options = token_configurations.commit_arguments()
+    yield "commit", "fp32", functools.partial(commit_, *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):
@@ -269,7 +287,8 @@ def main(argv=None) -> int:
 
     print(f"{'configuration or file':42} {'kernel':60} {'target':7} {'regs':>5} {'spills':>6} {'shared':>7}")
     if "triton" not in options.skip:
-        show(triton_rows(targets, *((QUICK_CASES, QUICK_DTYPES) if options.quick else ())))
+        quick = (QUICK_CASES + QUICK_TOKEN_CASES, (*QUICK_DTYPES, "bf16"))
+        show(triton_rows(targets, *(quick if options.quick else ())))
     if "cuda" not in options.skip:
         nvcc, wanted = find_nvcc(), [t for t in targets if t in NVIDIA]
         if nvcc is None:

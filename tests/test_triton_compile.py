@@ -33,6 +33,17 @@ def test_a_few_configurations_on_every_target():
     assert {row.kernel for row in rows} == kernels
 
 
+def test_a_few_configurations_of_token_sampling_on_every_target():
+    rows = compile_without_spills(compile_report.QUICK_TOKEN_CASES, ["bf16"])
+    assert {row.kernel for row in rows} == {"row_kernel", "part_largest_kernel", "part_sum_kernel", "finish_kernel"}
+
+
+def test_the_transfer_kernels_on_every_target():
+    names = ("transfer_hierarchy", "transfer_entropy_bound", "transfer_perturbed", "commit")
+    rows = compile_without_spills(names, ["fp32"])
+    assert {row.kernel for row in rows} == {"score_kernel", "rank_kernel", "decide_kernel", "commit_kernel"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", configurations.DTYPES)
 def test_every_configuration_on_every_target(dtypes):

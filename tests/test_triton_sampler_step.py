@@ -31,17 +31,22 @@ BACKENDS = [name for name in ("triton", "cuda") if name == "triton" or (HAS_GPU 
 X0 = dict(x0=0.5, to_x0=[1.0, -0.5])
 
 
-def test_in_the_interpreter():
+def run_in_the_interpreter(file):
+    """Run the tests of a file in a process that interprets Triton kernels."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+def test_in_the_interpreter():
+    run_in_the_interpreter(__file__)
 
 
 test_in_the_interpreter.__test__ = not RUNS_HERE

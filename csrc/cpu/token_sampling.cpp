@@ -14,6 +14,7 @@
 
 #include "common/exp2_constants.h"
 #include "cpu/dtype.h"
+#include "cpu/order_key.h"
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
 
@@ -142,13 +143,6 @@ inline float largest(vf v) {
   for (int k = 1; k < kLanes; k++) m = v[k] > m ? v[k] : m;
   return m;
 }
-
-// Floats as whole numbers of the same order; -0 is 0.
-inline vu order_keys(vf x) {
-  const vi u = as_int(x + splat(0.0f));
-  return (vu)u ^ ((vu)(u >> 31) | splat(0x80000000u));
-}
-inline float from_key(uint32_t key) { return from_bits(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key); }
 
 // What is left of a row by top-p and top-k: entries above `cut`, and those equal to it before index `ties_end`.
 struct Filter {

@@ -46,4 +46,50 @@ struct TokenArgs {
 
 void sample_tokens(const TokenArgs& args);
 
+enum Strategy : int { kTop, kThreshold, kFactor, kEntropyBound, kHierarchy, kSequential, kRandomOrder };
+
+// A number for all rows, or one for each.
+struct PerRow {
+  const int64_t* values = nullptr;
+  int64_t value = 0;
+  int64_t operator[](int64_t row) const { return values ? values[row] : value; }
+};
+
+struct SelectArgs {
+  const float* confidence = nullptr;  // rows of `length` neighbours, as the next two
+  const uint8_t* mask = nullptr;
+  uint8_t* out = nullptr;
+  int64_t confidence_stride = 0, mask_stride = 0;
+  int64_t batch = 0, length = 0;
+  PerRow n, start, end;
+  int strategy = kTop;
+  float threshold = 0, low_threshold = 0;
+  bool strict = false;
+  double factor = 0;
+  bool accept_last = false;
+  double bound = 0;
+  bool inclusive = false;
+  double temperature = 0;
+  int64_t seed = 0;
+  const int64_t* seeds = nullptr;
+  bool seed_per_sequence = false;
+  uint32_t stream = 0, offset = 0;
+};
+
+void select_transfer(const SelectArgs& args);
+
+struct CommitArgs {
+  int64_t* x = nullptr;
+  const int64_t* tokens = nullptr;
+  const uint8_t* selected = nullptr;
+  int64_t x_stride = 0, tokens_stride = 0, selected_stride = 0;
+  int64_t batch = 0, length = 0;
+  int64_t mask_id = 0, eos_id = -1;
+  bool has_eos = false;
+  int64_t* left = nullptr;
+  uint8_t* finished = nullptr;
+};
+
+void commit(const CommitArgs& args);
+
 }  // namespace genfast

@@ -1,4 +1,4 @@
-// Python binding of `sample_tokens`: addresses, sizes and strides come in as integers.
+// Python bindings of the family `token_sampling`: addresses, sizes and strides come in as integers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -75,6 +75,65 @@ void sample(const PyLogits& cond, const std::optional<PyLogits>& uncond, float g
   sample_tokens(a);
 }
 
+using PyPerRow = std::tuple<uintptr_t, int64_t>;  // address or 0, the number for all
+
+PerRow per_row(const PyPerRow& given) { return PerRow{at<const int64_t>(std::get<0>(given)), std::get<1>(given)}; }
+
+void select(uintptr_t confidence, uintptr_t mask, uintptr_t out, int64_t confidence_stride, int64_t mask_stride,
+            int64_t batch, int64_t length, const PyPerRow& n, const PyPerRow& start, const PyPerRow& end, int strategy,
+            float threshold, float low_threshold, bool strict, double factor, bool accept_last, double bound,
+            bool inclusive, double temperature, int64_t seed, uintptr_t seeds, bool seed_per_sequence, int64_t stream,
+            int64_t offset) {
+  SelectArgs a;
+  a.confidence = at<const float>(confidence);
+  a.mask = at<const uint8_t>(mask);
+  a.out = at<uint8_t>(out);
+  a.confidence_stride = confidence_stride;
+  a.mask_stride = mask_stride;
+  a.batch = batch;
+  a.length = length;
+  a.n = per_row(n);
+  a.start = per_row(start);
+  a.end = per_row(end);
+  a.strategy = strategy;
+  a.threshold = threshold;
+  a.low_threshold = low_threshold;
+  a.strict = strict;
+  a.factor = factor;
+  a.accept_last = accept_last;
+  a.bound = bound;
+  a.inclusive = inclusive;
+  a.temperature = temperature;
+  a.seed = seed;
+  a.seeds = at<const int64_t>(seeds);
+  a.seed_per_sequence = seed_per_sequence;
+  a.stream = (uint32_t)stream;
+  a.offset = (uint32_t)offset;
+  py::gil_scoped_release release;
+  select_transfer(a);
+}
+
+void write(uintptr_t x, uintptr_t tokens, uintptr_t selected, int64_t x_stride, int64_t tokens_stride,
+           int64_t selected_stride, int64_t batch, int64_t length, int64_t mask_id, std::optional<int64_t> eos_id,
+           uintptr_t left, uintptr_t finished) {
+  CommitArgs a;
+  a.x = at<int64_t>(x);
+  a.tokens = at<const int64_t>(tokens);
+  a.selected = at<const uint8_t>(selected);
+  a.x_stride = x_stride;
+  a.tokens_stride = tokens_stride;
+  a.selected_stride = selected_stride;
+  a.batch = batch;
+  a.length = length;
+  a.mask_id = mask_id;
+  a.has_eos = eos_id.has_value();
+  a.eos_id = eos_id.value_or(0);
+  a.left = at<int64_t>(left);
+  a.finished = at<uint8_t>(finished);
+  py::gil_scoped_release release;
+  commit(a);
+}
+
 }  // namespace
 
 void register_token_sampling(py::module_& module) {
@@ -85,6 +144,15 @@ void register_token_sampling(py::module_& module) {
              py::arg("noise_is_float64"), py::arg("seed"), py::arg("seeds"), py::arg("seed_per_sequence"),
              py::arg("stream"), py::arg("offset"), py::arg("ids"), py::arg("confidence"), py::arg("tokens"),
              py::arg("confidences"), py::arg("logsumexp"), py::arg("entropy"), py::arg("margin"));
+  module.def("select_transfer", &select, py::arg("confidence"), py::arg("mask"), py::arg("out"),
+             py::arg("confidence_stride"), py::arg("mask_stride"), py::arg("batch"), py::arg("length"), py::arg("n"),
+             py::arg("start"), py::arg("end"), py::arg("strategy"), py::arg("threshold"), py::arg("low_threshold"),
+             py::arg("strict"), py::arg("factor"), py::arg("accept_last"), py::arg("bound"), py::arg("inclusive"),
+             py::arg("temperature"), py::arg("seed"), py::arg("seeds"), py::arg("seed_per_sequence"), py::arg("stream"),
+             py::arg("offset"));
+  module.def("commit", &write, py::arg("x"), py::arg("tokens"), py::arg("selected"), py::arg("x_stride"),
+             py::arg("tokens_stride"), py::arg("selected_stride"), py::arg("batch"), py::arg("length"),
+             py::arg("mask_id"), py::arg("eos_id"), py::arg("left"), py::arg("finished"));
 }
 
 }  // namespace genfast

@@ -1,0 +1,88 @@
+"""The calls of ``token_sampling`` whose kernels ship: for ahead-of-time compilation, as in ``configurations.py``."""
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_DEFAULTS = dict(
+    temperature=0.0, top_k=0, top_p=1.0, keep_crossing=True, guidance=1.0, shift=False, confidence="probability",
+    seed=None, stream=0, offset=0,
+)  # fmt: skip
+_TENSORS = ("uncond", "suppress", "suppress_confidence", "rows", "noise", "ids")
+_OUTPUTS = ("confidences", "logsumexp", "entropy", "margin")
+
+CASES = {
+    "greedy": {},
+    "greedy_few_rows": dict(count=4),
+    "draw": dict(temperature=1.0, seed=0),
+    "draw_few_rows": dict(temperature=1.0, seed=0, count=4, entropy=True, logsumexp=True),
+    "draw_guided_rows": dict(temperature=0.7, seed=0, uncond=True, guidance=2.0, rows=True, suppress=True, ids=True),
+    "guided_few_rows": dict(
+        temperature=0.7, seed="tensor", uncond=True, guidance=2.0, rows=True, suppress=True, ids=True, count=4
+    ),
+    "per_row": dict(temperature="tensor", seed="tensor", shift=True, suppress_confidence=True, margin=True),
+    "top_p": dict(temperature=1.0, seed=0, top_p=0.95, confidence="tempered"),
+    "top_p_exclusive": dict(temperature=1.0, seed=0, top_p=0.95, keep_crossing=False, confidence="entropy"),
+    "top_k_top_p": dict(temperature=1.0, seed=0, top_p=0.95, top_k=50, confidence="margin"),
+    "gumbel": dict(temperature=0.7, noise=True),
+    "random": dict(seed=0, confidence="random"),
+}
+
+
+def arguments(name: str, dtype: str, size: int = 126464, device: str = "meta") -> tuple[torch.Tensor, dict]:
+    """The logits and the keyword arguments of a backend's ``sample_tokens`` for a case, uninitialised."""
+    given = dict(CASES[name])
+    count, length = given.pop("count", 512), 4
+    logits = torch.empty((count // length, length, size), dtype=DTYPES[dtype], device=device)
+
+    def new(kind, shape=(count,)):
+        return torch.empty(shape, dtype=kind, device=device)
+
+    made = dict(
+        uncond=torch.empty_like(logits),
+        suppress=new(torch.int64, (2,)),
+        suppress_confidence=new(torch.int64, (3,)),
+        rows=new(torch.int64),
+        noise=new(torch.float64, logits.shape),
+        ids=new(torch.int64),
+    )
+    options = {**_DEFAULTS, **dict.fromkeys(_TENSORS), **dict.fromkeys(_OUTPUTS)}
+    options.update((k, made.get(k, v)) for k, v in given.items())
+    if options["temperature"] == "tensor":
+        options["temperature"] = new(torch.float32)
+    if options["seed"] == "tensor":
+        options["seed"] = new(torch.int64, (count // length,))
+    options["tokens"] = new(torch.int64)
+    options["confidences"] = True
+    options.update((k, new(torch.float32)) for k in _OUTPUTS if options[k])
+    return logits, options
+
+
+TRANSFERS = {
+    "transfer_top": dict(n="tensor"),
+    "transfer_threshold": dict(strategy="threshold", threshold=0.9),
+    "transfer_factor": dict(strategy="factor", factor=0.5),
+    "transfer_entropy_bound": dict(strategy="entropy_bound", bound=0.5),
+    "transfer_hierarchy": dict(strategy="hierarchy", threshold=0.9, low_threshold=0.4),
+    "transfer_perturbed": dict(temperature=0.5, seed="tensor", n="tensor"),
+}
+
+
+def transfer_arguments(name: str, shape=(8, 1024), device: str = "meta") -> tuple[tuple, dict]:
+    """The arguments of a backend's ``select_transfer`` for a case, uninitialised."""
+    per_row = torch.empty(shape[0], dtype=torch.int64, device=device)
+    options = dict(
+        n=1, strategy="top", threshold=0.0, low_threshold=0.0, strict=False, factor=0.0, accept_last=False, bound=0.0,
+        inclusive=False, start=0, end=shape[1], temperature=0.0, seed=None, stream=0, offset=0,
+    )  # fmt: skip
+    options.update((k, per_row if v == "tensor" else v) for k, v in TRANSFERS[name].items())
+    options["out"] = torch.empty(shape, dtype=torch.bool, device=device)
+    return (torch.empty(shape, device=device), torch.empty(shape, dtype=torch.bool, device=device)), options
+
+
+def commit_arguments(shape=(8, 1024), device: str = "meta") -> tuple[tuple, dict]:
+    """The same of ``commit_``."""
+    ids = torch.empty(shape, dtype=torch.int64, device=device)
+    selected = torch.empty(shape, dtype=torch.bool, device=device)
+    left, finished = ids[:, 0].clone(), selected[:, 0].clone()
+    return (ids, ids.clone(), selected), dict(mask_id=5, eos_id=6, left=left, finished=finished)
