@@ -73,11 +73,17 @@ void choose_best(const std::vector<uint32_t>& key, int64_t n, int64_t length, ui
     for (int64_t i = 0; i < length; i++) out[i] = key[i] > 0;
     return;
   }
-  // The largest key that n positions reach: `low` always has enough, `high` too few.
+  // The largest key that n positions reach: `low` always has enough, `high` too few. A key that exactly n reach will do
+  // as well, and is found long before.
   uint64_t low = 1, high = (uint64_t)1 << 32;
   while (high - low > 1) {
     const uint64_t middle = (low + high) / 2;
-    (count_from(key.data(), padded, (uint32_t)middle) >= n ? low : high) = middle;
+    const int64_t count = count_from(key.data(), padded, (uint32_t)middle);
+    if (count == n) {
+      for (int64_t i = 0; i < length; i++) out[i] = key[i] >= middle;
+      return;
+    }
+    (count > n ? low : high) = middle;
   }
   int64_t ties = n - (low == ~0u ? 0 : count_from(key.data(), padded, (uint32_t)low + 1));
   for (int64_t i = 0; i < length; i++) {
