@@ -1,4 +1,8 @@
-"""The public ops of the family ``token_sampling``: checks, choice of backend, torch.library."""
+"""The public ops of the family ``token_sampling``: checks, choice of backend, torch.library.
+
+There is no CUDA C++ in this family: a program per row, or per part of a row, is what Triton writes well, and no pointer
+list or launch-bound step asks for more. A measurement on a GPU may say otherwise.
+"""
 
 from __future__ import annotations
 
