@@ -140,7 +140,8 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(name, dtypes, call) of every configuration of every family."""
     from genfast.kernels import configurations, token_configurations
     from genfast.kernels.sampler_step import sampler_step
-    from genfast.kernels.token_sampling import commit_, sample_tokens, select_transfer
+    from genfast.kernels.token_sampling import sample_tokens
+    from genfast.kernels.token_transfer import commit_, select_transfer
 
     for case in configurations.CASES:
         for dtypes in configurations.DTYPES:

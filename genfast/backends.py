@@ -36,6 +36,9 @@ ISAS = ("base", "avx2", "avx512", "amx")
 
 FAMILIES = ("sampler_step", "token_sampling")
 
+PARTS = {"token_sampling": ("token_sampling", "token_transfer")}
+"""The files in which a family of several ops is written, in every layer; by default one of the family's own name."""
+
 # The order in which CUDA tensors are offered to the GPU backends, per family. The design asks for a measurement
 # before `cuda` comes first; no GPU has been at hand for this family yet, so Triton leads.
 # A family without `cuda` in its line has no CUDA C++ kernels.
@@ -100,17 +103,17 @@ def _choose(family: str, op: str, device: str, ordered: str | None) -> tuple[str
             why = f"the family {family} has no CUDA C++ kernels (its GPU kernels are Triton's)"
         if why:
             raise BackendUnavailable(f"backend {ordered!r} was asked for, but {why}")
-        return ordered, getattr(_module(ordered, family), op)
+        return ordered, _function(ordered, family, op)
     wanted = {"cpu": ("cpu",), "cuda": CUDA_ORDER[family]}.get(device, ())
     reasons = []
     for name in wanted:
         why = missing(name, device)
         if why is None:
-            return name, getattr(_module(name, family), op)
+            return name, _function(name, family, op)
         reasons.append(f"{name}: {why}")
     detail = "; ".join(reasons) if reasons else f"no fused backend runs on {device} tensors"
     warnings.warn(f"genfast runs {family} through plain PyTorch ({detail}). `genfast doctor` says more.", stacklevel=5)
-    return "reference", getattr(_module("reference", family), op)
+    return "reference", _function("reference", family, op)
 
 
 class HotPath:
@@ -132,7 +135,7 @@ class HotPath:
         # Not at import: the native module must find torch and its OpenMP runtime loaded, and the family importable.
         self.run = _not_implemented
         if not profiling.enabled and _environment in (None, "cpu") and cpu_module() is not None:
-            self.run = getattr(_module("cpu", self._family), f"{self._op}_direct")
+            self.run = _function("cpu", self._family, f"{self._op}_direct")
         return self.run(*arguments)
 
 
@@ -141,6 +144,17 @@ _hot_paths: list[HotPath] = []
 
 def _not_implemented(*_):
     return NotImplemented
+
+
+def parts(family: str) -> tuple[str, ...]:
+    """The names of the files that hold a family's ops."""
+    return PARTS.get(family, (family,))
+
+
+def _function(name: str, family: str, op: str) -> Callable:
+    """An op of a family on a backend, in whichever of the family's files it is."""
+    found = (getattr(_module(name, part), op, None) for part in parts(family))
+    return next(function for function in found if function is not None)
 
 
 def _module(name: str, family: str):

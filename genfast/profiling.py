@@ -12,6 +12,8 @@ from genfast._registry import export
 enabled = False
 """Read by every op before it opens a range: one attribute look-up is all that profiling costs when it is off."""
 
+_NOTHING = contextlib.nullcontext()
+
 on_change = None
 """Called after ``enabled`` has changed: the backends leave their hot path, which opens no ranges, while it is on."""
 
@@ -34,6 +36,11 @@ def range(name: str):
             stack.enter_context(annotate(name, domain="genfast"))
         stack.enter_context(torch.profiler.record_function(name))
         yield
+
+
+def op_range(family: str, text: str, *shape: int):
+    """The range of one call of an op, ``text`` being ``op[backend]``; nothing when profiling is off."""
+    return range(f"{family}.{text} {'x'.join(map(str, shape))}") if enabled else _NOTHING
 
 
 def _nvtx():

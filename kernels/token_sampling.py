@@ -20,7 +20,6 @@ from torch import Tensor
 
 from genfast.kernels.order_key import from_key, to_key
 from genfast.kernels.philox import philox_words
-from genfast.kernels.token_transfer import commit_, select_transfer  # noqa: F401  (ops of this family)
 from genfast.reference import token_sampling as spec
 
 TILE = 2048

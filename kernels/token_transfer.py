@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genfast.kernels.order_key import from_key, to_key
 from genfast.kernels.philox import philox_words
-from genfast.reference.token_sampling import STRATEGIES
+from genfast.reference.token_transfer import STRATEGIES
 
 TILE = 256
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}

@@ -3,83 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/dlpack.h"
 #include "cpu/pool.h"
 #include "cpu/sampler_step.h"
+#include "cpu/tensor_view.h"
 
 namespace genfast {
 namespace {
-
-// An attribute or a method without arguments of torch.Tensor. Calling the C function behind the descriptor skips the
-// look-up along the type's bases, which is half of the price of `t.dtype`.
-class Reader {
- public:
-  // `name` must be found on the type; anything but a C descriptor is read in the ordinary way.
-  void bind(PyObject* type, const char* name, bool method) {
-    name_ = PyUnicode_InternFromString(name);
-    method_ = method;
-    PyObject* found = PyObject_GetAttr(type, name_);
-    if (!found) throw pybind11::error_already_set();
-    if (!method && Py_TYPE(found) == &PyGetSetDescr_Type) {
-      getset_ = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
-    } else if (method && Py_TYPE(found) == &PyMethodDescr_Type) {
-      PyMethodDef* def = reinterpret_cast<PyMethodDescrObject*>(found)->d_method;
-      if (def->ml_flags == METH_NOARGS) plain_ = def->ml_meth;
-      if (def->ml_flags == (METH_VARARGS | METH_KEYWORDS)) {
-        keywords_ = reinterpret_cast<PyCFunctionWithKeywords>(reinterpret_cast<void (*)()>(def->ml_meth));
-        no_arguments_ = PyTuple_New(0);
-      }
-    }
-  }
-  // A new reference, or null with an exception set.
-  PyObject* operator()(PyObject* t) const {
-    if (getset_) return getset_->get(t, getset_->closure);
-    if (plain_) return plain_(t, nullptr);
-    if (keywords_) return keywords_(t, no_arguments_, nullptr);
-    return method_ ? PyObject_CallMethodNoArgs(t, name_) : PyObject_GetAttr(t, name_);
-  }
-
- private:
-  PyObject *name_ = nullptr, *no_arguments_ = nullptr;
-  bool method_ = false;
-  PyGetSetDef* getset_ = nullptr;
-  PyCFunction plain_ = nullptr;
-  PyCFunctionWithKeywords keywords_ = nullptr;
-};
-
-// Set once by `direct_setup` from Python; kept for the life of the process.
-struct Types {
-  PyObject* tensor = nullptr;
-  PyObject* table = nullptr;
-  PyObject* empty_like = nullptr;
-  PyObject* backend = nullptr;  // context variable: None, or the backend that was ordered
-  PyObject* dtypes[4] = {};
-  PyObject* host = nullptr;
-  Reader dtype, shape, requires_grad, is_cpu, is_contiguous, data_ptr;
-  const DLPackExchangeAPI* dlpack = nullptr;  // null with a torch that does not offer it
-};
-Types types;
-
-struct View {
-  char* data = nullptr;
-  int dtype = -1, dims = 0;
-  bool contiguous = false;  // with the usual strides, those of dimensions of size 1 included
-  int64_t shape[kMaxDims], batch_stride = 0;
-  int64_t batch() const { return dims ? shape[0] : 1; }
-  int64_t inner() const {
-    int64_t n = 1;
-    for (int d = 1; d < dims; d++) n *= shape[d];
-    return n;
-  }
-};
-
-// A new reference that is dropped at the end of the scope.
-struct Ref {
-  PyObject* p;
-  explicit Ref(PyObject* object) : p(object) {}
-  ~Ref() { Py_XDECREF(p); }
-  Ref(const Ref&) = delete;
-};
 
 struct Call {
   StepArgs args;
@@ -88,72 +17,6 @@ struct Call {
   int readers = 0;
   int64_t numel() const { return args.batch * args.inner; }
 };
-
-int dtype_code(PyObject* dtype) {
-  for (int i = 0; i < 4; i++) {
-    if (dtype == types.dtypes[i]) return i;
-  }
-  return -1;
-}
-
-bool is_true(PyObject* t, const Reader& read) {
-  Ref value(read(t));
-  return value.p == Py_True;
-}
-
-int64_t element_size(int dtype) { return dtype == 3 ? 8 : dtype == 0 ? 4 : 2; }
-
-bool view_by_dlpack(PyObject* t, View& v) {
-  DLTensor d;
-  if (types.dlpack->show(t, &d) != 0) return false;
-  if (d.device_type != kDLCpu || d.lanes != 1 || d.ndim > kMaxDims || !d.data) return false;
-  if (d.type_code == kDLFloat) {
-    v.dtype = d.bits == 32 ? 0 : d.bits == 16 ? 2 : d.bits == 64 ? 3 : -1;
-  } else if (d.type_code == kDLBfloat && d.bits == 16) {
-    v.dtype = 1;
-  }
-  if (v.dtype < 0) return false;
-  v.data = static_cast<char*>(d.data) + d.byte_offset;
-  v.dims = d.ndim;
-  int64_t dense = 1;
-  bool usual = true;
-  for (int k = d.ndim - 1; k > 0; k--) {
-    v.shape[k] = d.shape[k];
-    if (d.strides && d.strides[k] != dense) {
-      if (d.shape[k] != 1) return false;
-      usual = false;
-    }
-    dense *= d.shape[k];
-  }
-  if (d.ndim > 0) v.shape[0] = d.shape[0];
-  v.contiguous = usual && (d.ndim == 0 || !d.strides || d.strides[0] == dense);
-  v.batch_stride = d.ndim > 0 && d.shape[0] > 1 && d.strides ? d.strides[0] : dense;
-  // Views of complex tensors may negate what they show; the last stride gives them away even at size 1.
-  return d.ndim == 0 || !d.strides || d.strides[d.ndim - 1] == 1;
-}
-
-bool view_by_attributes(PyObject* t, View& v) {
-  {
-    Ref dtype(types.dtype(t));
-    v.dtype = dtype_code(dtype.p);
-  }
-  if (v.dtype < 0 || !is_true(t, types.is_cpu) || !is_true(t, types.is_contiguous)) return false;
-  Ref shape(types.shape(t));
-  if (!shape.p || !PyTuple_Check(shape.p) || PyTuple_GET_SIZE(shape.p) > kMaxDims) return false;
-  v.dims = (int)PyTuple_GET_SIZE(shape.p);
-  for (int d = 0; d < v.dims; d++) v.shape[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.p, d));
-  v.batch_stride = v.inner();
-  Ref address(types.data_ptr(t));
-  if (!address.p) return false;
-  v.data = static_cast<char*>(PyLong_AsVoidPtr(address.p));
-  return v.data != nullptr;
-}
-
-// A CPU tensor of floating numbers, contiguous within each sample, that no gradient is asked of.
-bool view(PyObject* t, View& v) {
-  if ((PyObject*)Py_TYPE(t) != types.tensor || is_true(t, types.requires_grad)) return false;
-  return types.dlpack ? view_by_dlpack(t, v) : view_by_attributes(t, v);
-}
 
 void to_operand(const View& v, Operand& o) {
   o.data = v.data;
@@ -189,26 +52,6 @@ bool clear_of_readers(const Operand& o, const Call& call) {
     return false;
   }
   return true;
-}
-
-bool take_index(PyObject* value, int64_t low, int64_t high, int64_t& to) {
-  if (!PyLong_CheckExact(value)) return false;
-  int overflow = 0;
-  const long long v = PyLong_AsLongLongAndOverflow(value, &overflow);
-  if (overflow || v < low || v >= high) return false;
-  to = v;
-  return true;
-}
-
-bool take_number(PyObject* value, double& to) {
-  if (PyFloat_CheckExact(value)) {
-    to = PyFloat_AS_DOUBLE(value);
-  } else if (PyLong_CheckExact(value)) {
-    to = PyLong_AsDouble(value);
-  } else {
-    return false;
-  }
-  return std::isfinite(to);
 }
 
 enum Argument {
@@ -331,27 +174,15 @@ bool read_arguments(PyObject* const* v, Call& call, int& flags) {
   return has_second || v[kSecondOut] == Py_None;
 }
 
-// A new tensor in memory of the pool, with the shape of the inputs, which have the usual strides. A new reference, or
-// null if torch cannot take it.
-PyObject* new_output(const Call& call, int dtype, Operand& o) {
-  constexpr uint8_t codes[4] = {kDLFloat, kDLBfloat, kDLFloat, kDLFloat};
-  DLManagedTensor* memory =
-      pool_take(call.like.dims, call.like.shape, codes[dtype], (uint8_t)(8 * element_size(dtype)));
-  if (!memory) return nullptr;
-  o.data = static_cast<char*>(memory->tensor.data);
-  o.dtype = dtype;
-  o.batch_stride = call.args.inner;
-  void* object = nullptr;
-  return types.dlpack->to_object(memory, &object) == 0 ? static_cast<PyObject*>(object) : nullptr;
-}
-
 // A given output, or a new one like the first input. Returns a new reference, or null for the checked path.
 PyObject* take_output(PyObject* given, PyObject* first, Call& call, Operand& o) {
   PyObject* output = given;
   if (given != Py_None) {
     Py_INCREF(given);
   } else if (types.dlpack && types.dlpack->to_object && call.like.contiguous) {
-    return new_output(call, call.like.dtype, o);
+    o.dtype = call.like.dtype;
+    o.batch_stride = call.args.inner;
+    return new_like(call.like, o.dtype, o.data);
   } else if (!(output = PyObject_CallOneArg(types.empty_like, first))) {
     return nullptr;
   }
@@ -397,13 +228,6 @@ PyObject* run(PyObject* const* v, Call& call) {
   if (second.p) return PyTuple_Pack(2, out.p, second.p);
   Py_INCREF(out.p);
   return out.p;
-}
-
-bool backend_is_ordered() {
-  PyObject* ordered = nullptr;
-  if (PyContextVar_Get(types.backend, nullptr, &ordered) < 0) return true;
-  Py_XDECREF(ordered);
-  return ordered != Py_None;
 }
 
 PyObject* sampler_step_direct(PyObject*, PyObject* const* v, Py_ssize_t count) {
@@ -484,32 +308,6 @@ PyMethodDef object_method = {"plain_object_direct", (PyCFunction)(void (*)(void)
 }  // namespace
 
 void register_direct(pybind11::module_& module) {
-  module.def(
-      "direct_setup",
-      [](pybind11::object tensor, pybind11::object table, pybind11::object empty_like, pybind11::object backend,
-         pybind11::list dtypes) {
-        types.table = table.release().ptr();
-        types.empty_like = empty_like.release().ptr();
-        types.backend = backend.release().ptr();
-        for (int i = 0; i < 4; i++) types.dtypes[i] = pybind11::object(dtypes[i]).release().ptr();
-        types.host = PyUnicode_InternFromString("_host");
-        types.dtype.bind(tensor.ptr(), "dtype", false);
-        types.shape.bind(tensor.ptr(), "shape", false);
-        types.requires_grad.bind(tensor.ptr(), "requires_grad", false);
-        types.is_cpu.bind(tensor.ptr(), "is_cpu", false);
-        types.is_contiguous.bind(tensor.ptr(), "is_contiguous", true);
-        types.data_ptr.bind(tensor.ptr(), "data_ptr", true);
-        if (pybind11::hasattr(tensor, "__dlpack_c_exchange_api__")) {
-          PyObject* capsule = tensor.attr("__dlpack_c_exchange_api__").ptr();
-          const void* found = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-          if (!found) PyErr_Clear();
-          types.dlpack = static_cast<const DLPackExchangeAPI*>(found);
-          if (types.dlpack && (types.dlpack->major != 1 || !types.dlpack->show)) types.dlpack = nullptr;
-        }
-        types.tensor = tensor.release().ptr();
-      },
-      "Tell the module torch.Tensor, StepTable, torch.empty_like, the context variable of the backend and [float32, "
-      "bfloat16, float16, float64].");
   module.def("release_memory", &pool_release,
              "Give the memory that is kept for the next results back to the system; the number of bytes.");
   for (PyMethodDef* method : {&direct_method, &plain_method, &object_method}) {

@@ -30,7 +30,7 @@ struct DLPackExchangeAPI {
 };
 
 constexpr int32_t kDLCpu = 1;
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
+constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6;
 constexpr int kMaxDims = 8;
 
 }  // namespace genfast

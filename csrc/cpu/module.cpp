@@ -10,6 +10,7 @@
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
 #include "cpu/sampler_step.h"
+#include "cpu/tensor_view.h"
 
 namespace py = pybind11;
 
@@ -119,6 +120,7 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
              py::arg("seed"), py::arg("seeds"), py::arg("seed_per_sample"), py::arg("stream"), py::arg("offset"));
   module.def("philox_words", &words, py::arg("seed"), py::arg("block"), py::arg("sample"), py::arg("stream"),
              py::arg("out"), "The words of blocks [block, block + 16) as uint32 [4, 16] at address `out`.");
+  register_tensor_view(module);
   register_direct(module);
   register_token_sampling(module);
 }

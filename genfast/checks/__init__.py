@@ -11,6 +11,7 @@ import torch
 
 from genfast import backends
 from genfast._registry import export
+from genfast.backends import parts as parts_of
 
 
 @export("package")
@@ -50,10 +51,10 @@ def verify(
     print(header, "-" * len(header), sep="\n", file=file)
     failed = total = 0
     for family in wanted:
-        module = importlib.import_module(f"genfast.checks.{family}")
+        modules = [importlib.import_module(f"genfast.checks.{part}") for part in parts_of(family)]
         for label, context, device in places:
             with context():
-                for case in module.cases(quick=quick):
+                for module, case in ((m, c) for m in modules for c in m.cases(quick=quick)):
                     error, allowed = module.check(case, device)
                     passed = error <= allowed
                     total, failed = total + 1, failed + (not passed)

@@ -22,7 +22,7 @@ def bind(module, override: ContextVar) -> SimpleNamespace:
         from genfast.native import sampler_step_cuda
 
         return sampler_step_cuda.bind(module)
-    module.direct_setup(torch.Tensor, StepTable, torch.empty_like, override, list(DTYPE_CODES))
+    module.direct_setup(torch.Tensor, StepTable, torch.empty_like, override, [*DTYPE_CODES, torch.int64, torch.bool])
     return SimpleNamespace(
         sampler_step=functools.partial(_sampler_step, module),
         sampler_step_direct=module.sampler_step_direct,

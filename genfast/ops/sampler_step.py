@@ -11,7 +11,7 @@ from torch import Tensor
 from genfast import profiling
 from genfast._registry import export
 from genfast.backends import HotPath, choose
-from genfast.random import signed64
+from genfast.ops._checks import check_counters, checked_seed
 from genfast.reference.sampler_step import sampler_step as reference_step
 from genfast.step_table import StepTable
 
@@ -175,9 +175,8 @@ def sampler_step(
     if noise is not None:
         _check_like("noise", noise, like)
     elif seed is not None:
-        seed = _checked_seed(seed, batch, device)
-        if not -(2**31) <= stream < 2**32 or not 0 <= offset < 2**32:
-            raise ValueError(f"stream and offset are 32-bit counters; got stream={stream}, offset={offset}")
+        seed = checked_seed(seed, batch, device)
+        check_counters(stream, offset)
     elif table.has_noise and _row_is_noisy(table, step):
         noise = _draw(like, generator)
     dtype = _checked_dtype(dtype, out, like)
@@ -397,22 +396,6 @@ def _checked_limits(clip, threshold, table: StepTable):
     if not maximum >= 1.0:
         raise ValueError(f"threshold's maximum must be at least 1, got {maximum}")
     return None, (float(ratio), float(maximum))
-
-
-def _checked_seed(seed, batch: int, device: torch.device):
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed must be an int or an int64 tensor, got {seed.dtype}")
-        if seed.dim() > 1 or (seed.dim() == 1 and seed.shape[0] != batch):
-            raise ValueError(f"seed has shape {list(seed.shape)}; expected a 0-d tensor or [{batch}]")
-        if seed.device != device:
-            raise ValueError(f"seed is on {seed.device}; expected {device}")
-        return seed.contiguous()
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must fit in 64 bits, got {seed}")
-    return signed64(seed)
 
 
 def _row_is_noisy(table: StepTable, step) -> bool:
