@@ -4,6 +4,17 @@ from genfast.samplers.flow import reflow_pairs
 from genfast.samplers.sampler import Sampler, SamplerState, sample
 from genfast.samplers.schedules import noise_schedule
 from genfast.samplers.table import SAMPLERS
+from genfast.samplers.text import TextSample, TextState
 from genfast.samplers.trajectory import Trajectory
 
-__all__ = ["SAMPLERS", "Sampler", "SamplerState", "Trajectory", "noise_schedule", "reflow_pairs", "sample"]
+__all__ = [
+    "SAMPLERS",
+    "Sampler",
+    "SamplerState",
+    "TextSample",
+    "TextState",
+    "Trajectory",
+    "noise_schedule",
+    "reflow_pairs",
+    "sample",
+]

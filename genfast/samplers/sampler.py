@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -15,6 +14,7 @@ from genfast.ops.sampler_step import sampler_step
 from genfast.samplers import corrector as correctors
 from genfast.samplers import ode
 from genfast.samplers.program import CORRECT, INPUT, Call, Program, is_history
+from genfast.samplers.progress import bar
 from genfast.samplers.schedules import NoiseSchedule, noise_schedule
 from genfast.samplers.table import checked_row
 from genfast.samplers.trajectory import Node, Trajectory
@@ -242,7 +242,7 @@ class Sampler:
         with contextlib.ExitStack() as stack:
             if not grad:
                 stack.enter_context(torch.no_grad())
-            advance = stack.enter_context(_bar(self.name, None if self.row.adaptive else self.steps, progress))
+            advance = stack.enter_context(bar(self.name, None if self.row.adaptive else self.steps, progress))
             return ode.integrate(run, advance) if self.row.adaptive else run.loop(advance)
 
     def program(self, fold: bool, feed: bool) -> Program:
@@ -428,25 +428,3 @@ def _noise_source(seed, generator, offset: int) -> dict:
     if offset:
         raise ValueError("offset is given without seed: it is a position in a seed's numbers")
     return dict(generator=generator) if generator is not None else {}
-
-
-_bar_missing_said = False
-
-
-@contextlib.contextmanager
-def _bar(name: str, total: int | None, wanted: bool):
-    """Yields the function that advances the progress bar by one step."""
-    global _bar_missing_said
-    tqdm = None
-    if wanted:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            if not _bar_missing_said:
-                warnings.warn("progress=True needs tqdm, which is not installed (pip install tqdm); no bar is shown")
-                _bar_missing_said = True
-    if tqdm is None:
-        yield lambda: None
-        return
-    with tqdm(total=total, desc=name, leave=False) as bar:
-        yield bar.update

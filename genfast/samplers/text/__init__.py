@@ -1,0 +1,9 @@
+"""Whole sampling loops of masked diffusion language models, built from the ops of ``token_sampling``.
+
+A model is called as ``model(ids)`` with ids int64 [B, L] (and ``attention_mask`` [B, L] where prompts are padded) and
+answers with logits [B, L, V], an object with ``logits``, or a tuple that begins with them.
+"""
+
+from genfast.samplers.text.run import TextSample, TextState
+
+__all__ = ["TextSample", "TextState"]

@@ -1,0 +1,84 @@
+"""What a model answered for some columns of the batch: logits, or hidden states and the head that makes logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from genfast.ops.token_sampling import TokenSample, sample_tokens
+
+
+def call(model: Callable, ids: Tensor, **options) -> tuple[Tensor, object]:
+    """(logits or hidden states [B, n, .], the whole answer) of a model that returns them as Hugging Face's do: the
+    tensor itself, an object with ``logits``, or a tuple that begins with it."""
+    answer = model(ids, **{name: value for name, value in options.items() if value is not None})
+    found = answer
+    if not isinstance(answer, Tensor):
+        found = answer.logits if hasattr(answer, "logits") else answer[0]
+    if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:2] != ids.shape:
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"the model returned {shape} for ids {list(ids.shape)}; expected [B, L, V]")
+    return found, answer
+
+
+class Output:
+    """Logits [B, n, V] of the columns [first, first + n), from which tokens are drawn at some of them.
+
+    Args:
+        logits: float32, bfloat16 or float16.
+        first: the column of the batch that logits[:, 0] belong to.
+        uncond, guidance: classifier-free guidance, see :func:`genfast.sample_tokens`.
+        shift: the logits at position i - 1 are those of position i (Dream).
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        *,
+        first: int = 0,
+        uncond: Tensor | None = None,
+        guidance: float | None = None,
+        shift: bool = False,
+    ):
+        self.logits, self.first, self.uncond, self.guidance, self.shift = logits, first, uncond, guidance, shift
+
+    def sample(self, first: int, last: int, where: Tensor | None, ids: Tensor, **options) -> TokenSample:
+        """Tokens at columns [first, last): [B, last - first], of which only those of ``where`` mean something.
+
+        Args:
+            where: bool [B, last - first], the positions that are needed; None for all. On a CPU no other is read; on
+                a GPU all are, because finding out how many there are would make the host wait.
+            ids: [B, last - first], the positions' identities (:meth:`Layout.row_ids`).
+            options: of :func:`genfast.sample_tokens`.
+        """
+        batch, columns = self.logits.shape[:2]
+        if not self.first <= first <= last <= self.first + columns:
+            raise ValueError(f"columns {first} to {last} are not among {self.first} to {self.first + columns}")
+        shape = (batch, last - first)
+        found = torch.arange(first - self.first, last - self.first, device=ids.device)
+        rows = (found + columns * torch.arange(batch, device=ids.device)[:, None]).reshape(-1)
+        picked = None
+        if where is not None and ids.device.type == "cpu":
+            picked = where.reshape(-1).nonzero()[:, 0]
+            rows, ids = rows[picked], ids.reshape(-1)[picked]
+        seeded = options.get("generator") is None and options.get("noise") is None
+        found = sample_tokens(
+            self.logits,
+            uncond=self.uncond,
+            guidance=self.guidance,
+            shift=self.shift,
+            rows=rows,
+            row_ids=ids.reshape(-1) if seeded else None,
+            **options,
+        )
+
+        def spread(values):
+            if values is None:
+                return None
+            if picked is not None:
+                values = values.new_zeros(shape[0] * shape[1]).index_copy_(0, picked, values)
+            return values.reshape(shape)
+
+        return TokenSample(*map(spread, found))
