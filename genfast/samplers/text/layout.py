@@ -56,7 +56,7 @@ class Layout:
             self.attention_mask = (torch.arange(longest + length, device=device) >= self.pad[:, None]).to(torch.int64)
 
     def row_ids(self, columns: Tensor, offset: int, per_row_seed: bool) -> Tensor:
-        """Identities [B, n] of the positions at ``columns`` [n], for the ``row_ids`` of :func:`genfast.sample_tokens`."""
+        """Identities [B, n] of the positions at ``columns`` [n]: ``row_ids`` of :func:`genfast.sample_tokens`."""
         sample = torch.arange(len(self.pad), device=self.pad.device) * (0 if per_row_seed else 1) + offset
         return (sample[:, None] << 32) | (columns - self.pad[:, None]).clamp_min(0)
 
