@@ -6,6 +6,7 @@ import torch
 import genfast
 from genfast import backends
 from genfast.checks import token_transfer as checks
+from genfast.ops import token_transfer as transfer
 
 CONFIDENCE = torch.rand(4, 50, generator=torch.Generator().manual_seed(1))
 MASK = torch.rand(4, 50, generator=torch.Generator().manual_seed(2)) < 0.6
@@ -109,6 +110,64 @@ def test_refused_tensors():
     with pytest.raises(ValueError, match="expanded"):
         tokens = torch.zeros(4, 50, dtype=torch.int64)
         genfast.commit_(torch.zeros(1, 50, dtype=torch.int64).expand(4, 50), tokens, MASK, mask_id=0)
+
+
+@pytest.mark.skipif(not backends.machine_isas(), reason="needs a native module")
+def test_plain_calls_are_one_native_call():
+    plain = dict(
+        n=3, strategy="top", threshold=None, low_threshold=None, strict=False, factor=None, accept_last=False,
+        bound=None, inclusive=False, start=0, end=None, temperature=0.0, seed=None, stream=0, offset=0,
+    )  # fmt: skip
+
+    def direct(confidence=CONFIDENCE, mask=MASK, **options):
+        return transfer.select_path.run(confidence, mask, *{**plain, **options}.values())
+
+    n = torch.tensor([3, 0, 7, 50])
+    for options in (
+        {},
+        dict(n=n, end=n),
+        dict(strategy="threshold", threshold=0.5),
+        dict(strategy="hierarchy", threshold=0.9, low_threshold=0.2),
+        dict(strategy="factor", factor=1, strict=True),
+        dict(mask=MASK.repeat(1, 2)[:, :50]),
+    ):
+        with genfast.backend("reference"):
+            expected = genfast.select_transfer(**{"confidence": CONFIDENCE, "mask": MASK, "n": 3, **options})
+        assert torch.equal(direct(**options), expected)
+    odd = (
+        dict(strategy="random"),
+        dict(temperature=1.0),
+        dict(threshold=0.5),
+        dict(strategy="threshold"),
+        dict(strategy="best"),
+        dict(n=n[:2]),
+        dict(n=n.float()),
+        dict(n=True),
+        dict(seed=1),
+        dict(stream=-1),
+        dict(mask=MASK[:2]),
+        dict(mask=MASK.T.contiguous().T),
+        dict(mask=CONFIDENCE),
+        dict(confidence=CONFIDENCE.double()),
+        dict(confidence=CONFIDENCE.clone().requires_grad_()),
+        dict(confidence=CONFIDENCE[None]),
+    )
+    assert [options for options in odd if direct(**options) is not NotImplemented] == []
+    x = torch.zeros(4, 50, dtype=torch.int64)
+    assert transfer.commit_path.run(x, x, MASK, 9, None) is not NotImplemented
+    for call in ((x[:1].expand(4, 50), x, MASK, 9, None), (x, x, CONFIDENCE, 9, None), (x, x, MASK, 1.5, None)):
+        assert transfer.commit_path.run(*call) is NotImplemented
+    with genfast.backend("reference"):
+        assert direct() is NotImplemented
+
+
+def test_equal_scores_go_by_position_at_any_count():
+    confidence = torch.tensor([[0.5, 0.25, 0.5, -0.0, 0.5, 0.0, 0.25, 1e30]])
+    order = [7, 0, 2, 4, 1, 6, 3, 5]
+    confidence[0, 3] = 0.0
+    for n in range(9):
+        got = genfast.select_transfer(confidence, torch.ones(1, 8, dtype=torch.bool), n)
+        assert sorted(order[:n]) == got[0].nonzero()[:, 0].tolist()
 
 
 def test_compiles_without_a_break():

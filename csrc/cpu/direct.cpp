@@ -310,10 +310,12 @@ PyMethodDef object_method = {"plain_object_direct", (PyCFunction)(void (*)(void)
 void register_direct(pybind11::module_& module) {
   module.def("release_memory", &pool_release,
              "Give the memory that is kept for the next results back to the system; the number of bytes.");
-  for (PyMethodDef* method : {&direct_method, &plain_method, &object_method}) {
-    PyObject* function = PyCFunction_NewEx(method, nullptr, nullptr);
-    module.add_object(method->ml_name, pybind11::reinterpret_steal<pybind11::object>(function));
-  }
+  for (PyMethodDef* method : {&direct_method, &plain_method, &object_method}) add_direct(module, *method);
+}
+
+void add_direct(pybind11::module_& module, PyMethodDef& method) {
+  PyObject* function = PyCFunction_NewEx(&method, nullptr, nullptr);
+  module.add_object(method.ml_name, pybind11::reinterpret_steal<pybind11::object>(function));
 }
 
 }  // namespace genfast

@@ -10,5 +10,9 @@
 namespace genfast {
 
 void register_direct(pybind11::module_& module);
+void register_transfer_direct(pybind11::module_& module);
+
+// Adds a function that pybind11 does not wrap: its checks of arguments alone cost as much as a small step.
+void add_direct(pybind11::module_& module, PyMethodDef& method);
 
 }  // namespace genfast

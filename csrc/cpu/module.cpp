@@ -122,5 +122,6 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
              py::arg("out"), "The words of blocks [block, block + 16) as uint32 [4, 16] at address `out`.");
   register_tensor_view(module);
   register_direct(module);
+  register_transfer_direct(module);
   register_token_sampling(module);
 }

@@ -1,7 +1,7 @@
 // Which masked positions to unmask, and the write. Order: the score falling, equal scores by position.
 //
-// The n best of a row need no sort: the score at which n positions are reached is found by bisection over the 32 bits
-// of its key, a count of all keys each. Strategies that look at the order itself (factor, entropy bound) sort.
+// The n best of a row need no sort: the score at which n positions are reached is found by guesses at its 32-bit key,
+// a count of all keys each. Strategies that look at the order itself (factor, entropy bound) sort.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -67,23 +67,53 @@ int64_t count_from(const uint32_t* key, int64_t n, uint32_t least) {
   return count;
 }
 
+// The smallest key of a candidate and the largest key; `n` is a multiple of kLanes.
+void find_range(const uint32_t* key, int64_t n, uint64_t& least, uint64_t& most) {
+  // Keys less one wrap to the largest number where there is no candidate.
+  vu low = splat(~0u), high{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const vu k = load<vu>(key + i), less = k - splat(1u);
+    low = less < low ? less : low;
+    high = k > high ? k : high;
+  }
+  least = ~0u, most = 0;
+  for (int k = 0; k < kLanes; k++) {
+    least = std::min<uint64_t>(least, low[k]);
+    most = std::max<uint64_t>(most, high[k]);
+  }
+  least++;
+}
+
 void choose_best(const std::vector<uint32_t>& key, int64_t n, int64_t length, uint8_t* out) {
   const int64_t padded = (int64_t)key.size();
-  if (n >= count_from(key.data(), padded, 1)) {
+  const int64_t all = count_from(key.data(), padded, 1);
+  if (n >= all) {
     for (int64_t i = 0; i < length; i++) out[i] = key[i] > 0;
     return;
   }
   // The largest key that n positions reach: `low` always has enough, `high` too few. A key that exactly n reach will do
-  // as well, and is found long before.
-  uint64_t low = 1, high = (uint64_t)1 << 32;
-  while (high - low > 1) {
-    const uint64_t middle = (low + high) / 2;
+  // as well, and is found long before. Every other guess is where n would be if keys were spread evenly between the
+  // two, which finds it in a few steps; halving in between keeps the number of steps below 64 in the worst case.
+  uint64_t low = 0, high = 0;
+  find_range(key.data(), padded, low, high);
+  high++;
+  int64_t at_low = all, at_high = 0;
+  for (bool even = true; high - low > 1; even = !even) {
+    uint64_t middle = (low + high) / 2;
+    if (even) {
+      const double share = (double)(n - at_high) / (double)(at_low - at_high);
+      middle = high - (uint64_t)((double)(high - low) * share);
+      middle = std::min(std::max(middle, low + 1), high - 1);
+    }
     const int64_t count = count_from(key.data(), padded, (uint32_t)middle);
     if (count == n) {
       for (int64_t i = 0; i < length; i++) out[i] = key[i] >= middle;
       return;
     }
-    (count > n ? low : high) = middle;
+    if (count > n)
+      low = middle, at_low = count;
+    else
+      high = middle, at_high = count;
   }
   int64_t ties = n - (low == ~0u ? 0 : count_from(key.data(), padded, (uint32_t)low + 1));
   for (int64_t i = 0; i < length; i++) {

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from genfast.layout import batch_strides
+from genfast.native.direct import DTYPE_CODES, prepare
 from genfast.step_table import StepTable, quantile_rank
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 @functools.cache
@@ -22,7 +21,7 @@ def bind(module, override: ContextVar) -> SimpleNamespace:
         from genfast.native import sampler_step_cuda
 
         return sampler_step_cuda.bind(module)
-    module.direct_setup(torch.Tensor, StepTable, torch.empty_like, override, [*DTYPE_CODES, torch.int64, torch.bool])
+    prepare(module, override)
     return SimpleNamespace(
         sampler_step=functools.partial(_sampler_step, module),
         sampler_step_direct=module.sampler_step_direct,

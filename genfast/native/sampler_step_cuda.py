@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genfast.layout import arrange, give_back, is_flat
-from genfast.native.sampler_step import DTYPE_CODES
+from genfast.native.direct import DTYPE_CODES
 from genfast.step_table import StepTable, quantile_rank
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from genfast.native.sampler_step import DTYPE_CODES
+from genfast.native.direct import DTYPE_CODES
 from genfast.reference.token_sampling import scale, share
 
 CONFIDENCES = {None: 0, "probability": 1, "tempered": 2, "margin": 3, "entropy": 4, "random": 5}

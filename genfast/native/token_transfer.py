@@ -8,13 +8,17 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
+from genfast.native.direct import prepare
 from genfast.reference.token_transfer import STRATEGIES
 
 
 @functools.cache
 def bind(module, override: ContextVar) -> SimpleNamespace:
     """The ops of this part of the family over one native module."""
+    prepare(module, override)
     return SimpleNamespace(
+        select_transfer_direct=module.select_transfer_direct,
+        commit_direct=module.commit_direct,
         select_transfer=functools.partial(_select_transfer, module),
         commit_=functools.partial(_commit, module),
     )

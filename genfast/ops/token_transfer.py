@@ -9,10 +9,12 @@ from torch import Tensor
 
 from genfast import profiling
 from genfast._registry import export
-from genfast.backends import choose
+from genfast.backends import HotPath, choose
 from genfast.ops._checks import LARGEST_TEMPERATURE, check_counters, checked_seed, fresh_seed
 
 FAMILY = "token_sampling"
+select_path = HotPath(FAMILY, "select_transfer")
+commit_path = HotPath(FAMILY, "commit")
 
 
 @export(FAMILY)
@@ -69,6 +71,15 @@ def select_transfer(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, or one that the strategy
             needs and that is missing.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        # One native call for the plain case; everything else, and every error, goes through the checks below.
+        result = select_path.run(
+            confidence, mask, n, strategy, threshold, low_threshold, strict, factor, accept_last, bound, inclusive,
+            start, end, temperature, seed, stream, offset,
+        )  # fmt: skip
+        if result is not NotImplemented:
+            return result
     if not isinstance(confidence, Tensor) or not confidence.is_floating_point() or confidence.dim() != 2:
         raise TypeError("confidence must be a floating tensor [B, L]")
     batch, length = confidence.shape
@@ -114,7 +125,7 @@ def select_transfer(
         stream,
         offset,
     )
-    return (_select_op if torch.compiler.is_compiling() else _select)(*arguments)
+    return (_select_op if compiling else _select)(*arguments)
 
 
 NEEDS = {
@@ -149,14 +160,18 @@ def commit_(
     Raises:
         TypeError, ValueError: a tensor of the wrong shape, dtype or device, or an ``x`` that cannot be written.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        result = commit_path.run(x, tokens, selected, mask_id, eos_id)
+        if result is not NotImplemented:
+            return result
     if not isinstance(x, Tensor) or x.dtype != torch.int64 or x.dim() != 2:
         raise TypeError("x must be an int64 tensor [B, L]")
     _check_rows("tokens", tokens, torch.int64, x)
     _check_rows("selected", selected, torch.bool, x)
     if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride())):
         raise ValueError("x is an expanded tensor: several of its elements share one place in memory")
-    run = _commit_op if torch.compiler.is_compiling() else _commit
-    return run(x, tokens, selected, mask_id, eos_id)
+    return (_commit_op if compiling else _commit)(x, tokens, selected, mask_id, eos_id)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
