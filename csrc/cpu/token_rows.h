@@ -1,0 +1,361 @@
+// Rows of logits in tiles, the largest entry, the whole-number weights and their sums, and the draw: what the kernels
+// of `token_sampling` share. genfast/reference/token_sampling.py is the specification, to the bit.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "common/exp2_constants.h"
+#include "cpu/dtype.h"
+#include "cpu/philox.h"
+
+namespace genfast {
+namespace {
+
+constexpr int64_t kTile = 4096;
+constexpr int64_t kChunk = 256;  // entries whose weights are added before the draw looks closer
+constexpr int64_t kGrain = 1 << 15;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kLn2 = 0.693147180559945309417;
+constexpr float kLog2E = 1.44269504088896340736f;
+
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+
+template <int DT>
+inline vf load_logits(const char* p, int64_t i) {
+  if constexpr (DT == kFloat32) {
+    return load<vf>(reinterpret_cast<const float*>(p) + i);
+  } else if constexpr (DT == kBFloat16) {
+    return (vf)(__builtin_convertvector(load<vh>(reinterpret_cast<const uint16_t*>(p) + i), vu) << 16);
+  } else {
+    const uint16_t* h = reinterpret_cast<const uint16_t*>(p) + i;
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(h)));
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h)));
+#else
+    vf x;
+    for (int k = 0; k < kLanes; k++) x[k] = half_to_float(h[k]);
+    return x;
+#endif
+  }
+}
+
+// b where a is NaN.
+inline vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline vf smaller(vf a, vf b) { return a < b ? a : b; }
+
+inline bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  int32_t all = 0;
+  for (int k = 0; k < kLanes; k++) all |= mask[k];
+  return all != 0;
+#endif
+}
+
+// Whether a NaN was seen.
+struct NaNs {
+#if defined(__AVX512F__)
+  __mmask16 seen = 0;
+  void look(vf a, vf b) { seen |= _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q); }
+  bool any() const { return seen != 0; }
+#else
+  vi seen{};
+  void look(vf a, vf b) { seen |= (a != a) | (b != b); }
+  bool any() const { return genfast::any(seen); }
+#endif
+};
+
+// 2^(d c) as p 2^n, d <= 0; t is the exponent, not below kLowest.
+inline vf exp2_parts(vf d, vf c, vf& t, vi& n) {
+  t = larger(d * c, splat(kExp2Lowest));
+  const vf big = t + splat(kRoundToInteger);
+  const vf r = t - (big - splat(kRoundToInteger));
+  n = as_int(big) - as_int(splat(kRoundToInteger));
+  vf p = splat(kExp2P[6]);
+  for (int k = 5; k >= 0; k--) p = fma_exact(p, r, splat(kExp2P[k]));
+  return p;
+}
+inline vf times_power(vf p, vi n) { return as_float(as_int(p) + (n << 23)); }
+
+// 2^K 2^(d c) before truncation, which is exact in the conversion that follows.
+inline vf weight(vf d, vf c, vi bits) {
+  vf t;
+  vi n;
+  const vf p = exp2_parts(d, c, t, n);
+  return times_power(p, n + bits);
+}
+
+// Sums of truncated floats below 2^61, exact.
+struct WholeSum {
+#if defined(__AVX512DQ__)
+  __m512i low = _mm512_setzero_si512(), high = low;
+  void add(vf x) {
+    low = _mm512_add_epi64(low, _mm512_cvttps_epi64(_mm512_castps512_ps256((__m512)x)));
+    high = _mm512_add_epi64(high, _mm512_cvttps_epi64(_mm512_extractf32x8_ps((__m512)x, 1)));
+  }
+  uint64_t total() const { return (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)); }
+#else
+  // No conversion to 64 bits here: x = 2^31 high + low, both of which are exact.
+  vq low{}, high{};
+  static vq halves(vi v) { return ((vq)v & 0xFFFFFFFFull) + ((vq)v >> 32); }
+  void add(vf x) {
+    const vi top = __builtin_convertvector(x * splat(0x1p-31f), vi);
+    high += halves(top);
+    low += halves(__builtin_convertvector(x - to_float(top) * splat(0x1p31f), vi));
+  }
+  uint64_t total() const {
+    uint64_t h = 0, l = 0;
+    for (int k = 0; k < kLanes / 2; k++) h += high[k], l += low[k];
+    return (h << 31) + l;
+  }
+#endif
+};
+
+inline double total(vf v) {
+  double sum = 0;
+  for (int k = 0; k < kLanes; k++) sum += (double)v[k];
+  return sum;
+}
+inline float largest(vf v) {
+  float m = v[0];
+  for (int k = 1; k < kLanes; k++) m = v[k] > m ? v[k] : m;
+  return m;
+}
+
+// What is left of a row by top-p and top-k: entries above `cut`, and those equal to it before index `ties_end`.
+struct Filter {
+  float cut = -kInfinity;
+  int64_t ties_end = 0;
+};
+
+// Where the entries of a row come from.
+struct Row {
+  const char* data;
+  const char* uncond;
+  int dtype, uncond_dtype;
+  float guidance;
+  int64_t size;
+  const int64_t *first_suppressed, *last_suppressed, *first_quiet, *last_quiet;
+  const Filter* filter;
+  const char* next = nullptr;  // the row that this thread reads after this one
+
+  bool plain() const { return !uncond && first_suppressed == last_suppressed && first_quiet == last_quiet && !filter; }
+
+  void fill(int64_t first, int64_t n, float* to) const {
+    load_run(data + first * size_of(dtype), dtype, n, to);
+    if (uncond) {
+      float other[kTile];
+      load_run(uncond + first * size_of(uncond_dtype), uncond_dtype, n, other);
+      for (int64_t i = 0; i < n; i++) to[i] = other[i] + guidance * (to[i] - other[i]);
+    }
+    drop(first_suppressed, last_suppressed, first, n, to);
+    drop(first_quiet, last_quiet, first, n, to);
+    if (filter) {
+      const float cut = filter->cut;
+      const int64_t ties = std::min(std::max<int64_t>(filter->ties_end - first, 0), n);
+      for (int64_t i = 0; i < ties; i++) to[i] = to[i] >= cut ? to[i] : -kInfinity;
+      for (int64_t i = ties; i < n; i++) to[i] = to[i] > cut ? to[i] : -kInfinity;
+    }
+  }
+
+  static void drop(const int64_t* from, const int64_t* to, int64_t first, int64_t n, float* buffer) {
+    for (const int64_t* id = std::lower_bound(from, to, first); id != to && *id < first + n; id++)
+      buffer[*id - first] = -kInfinity;
+  }
+
+  // body(DType constant, address, first entry, entries): the address holds a multiple of kLanes entries, those beyond
+  // the row being -inf. body returns whether to go on.
+  template <class Body>
+  void tiles(const Body& body, int64_t from = 0) const {
+    const bool direct = plain();
+    alignas(64) float buffer[kTile];
+    for (int64_t first = from; first < size; first += kTile) {
+      const int64_t n = std::min(kTile, size - first);
+      bool more;
+      if (direct && n % kLanes == 0) {
+        const char* p = data + first * size_of(dtype);
+        more = dtype == kFloat32    ? body(std::integral_constant<int, kFloat32>{}, p, first, n)
+               : dtype == kBFloat16 ? body(std::integral_constant<int, kBFloat16>{}, p, first, n)
+                                    : body(std::integral_constant<int, kFloat16>{}, p, first, n);
+      } else {
+        fill(first, n, buffer);
+        const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+        for (int64_t i = n; i < padded; i++) buffer[i] = -kInfinity;
+        more = body(std::integral_constant<int, kFloat32>{}, reinterpret_cast<const char*>(buffer), first, padded);
+      }
+      if (!more) return;
+    }
+  }
+};
+
+struct Largest {
+  float value = -kInfinity;
+  int64_t index = 0;
+  bool nan = false;
+};
+
+inline Largest find_largest(const Row& row) {
+  Largest found;
+  int64_t tile = -1;
+  NaNs nans;
+  row.tiles([&](auto dt, const char* p, int64_t first, int64_t n) {
+    vf m0 = splat(-kInfinity), m1 = m0, m2 = m0, m3 = m0;
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+      const vf a = load_logits<dt>(p, i), b = load_logits<dt>(p, i + kLanes);
+      const vf c = load_logits<dt>(p, i + 2 * kLanes), d = load_logits<dt>(p, i + 3 * kLanes);
+      nans.look(a, b), nans.look(c, d);
+      m0 = larger(a, m0), m1 = larger(b, m1), m2 = larger(c, m2), m3 = larger(d, m3);
+    }
+    for (; i < n; i += kLanes) {
+      const vf a = load_logits<dt>(p, i);
+      nans.look(a, a);
+      m0 = larger(a, m0);
+    }
+    const float m = largest(larger(larger(m0, m1), larger(m2, m3)));
+    if (m > found.value) found.value = m, tile = first;
+    return !nans.any();
+  });
+  found.nan = nans.any();
+  if (tile < 0 && !found.nan) return found;
+  row.tiles(
+      [&](auto dt, const char* p, int64_t first, int64_t n) {
+        for (int64_t i = 0; i < n; i += kLanes) {
+          const vf x = load_logits<dt>(p, i);
+          for (int k = 0; k < kLanes; k++)
+            if (found.nan ? x[k] != x[k] : x[k] == found.value) {
+              found.index = first + i + k;
+              return false;
+            }
+        }
+        return true;
+      },
+      found.nan ? 0 : tile);
+  return found;
+}
+
+// Asks for a tile of the next row while this one is computed with: sums wait for the arithmetic, the search of the
+// largest waits for memory.
+inline void prefetch(const Row& row, int64_t first, int64_t n) {
+  if (!row.next) return;
+  const int64_t entry = size_of(row.dtype);
+  for (int64_t at = 0; at < n * entry; at += 64) __builtin_prefetch(row.next + first * entry + at, 0, 2);
+}
+
+// Running sums of v at the end of each tile.
+inline uint64_t add_weights(const Row& row, float m, float c, int bits, std::vector<uint64_t>* ends) {
+  uint64_t sum = 0;
+  const vi exponent = (vi{} + bits);
+  if (ends) ends->clear();
+  row.tiles([&](auto dt, const char* p, int64_t first, int64_t n) {
+    prefetch(row, first, n);
+    WholeSum whole;
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      whole.add(weight(load_logits<dt>(p, i) - splat(m), splat(c), exponent));
+      whole.add(weight(load_logits<dt>(p, i + kLanes) - splat(m), splat(c), exponent));
+    }
+    for (; i < n; i += kLanes) whole.add(weight(load_logits<dt>(p, i) - splat(m), splat(c), exponent));
+    sum += whole.total();
+    if (ends) ends->push_back(sum);
+    return true;
+  });
+  return sum;
+}
+
+// sum e and, if asked for, sum e t, where e = 2^t and t = (l - m) c.
+struct Sums {
+  double e = 0, et = 0;
+};
+
+template <bool ENTROPY>
+Sums add_exponentials(const Row& row, float m, float c) {
+  Sums sums;
+  row.tiles([&](auto dt, const char* p, int64_t first, int64_t n) {
+    prefetch(row, first, n);
+    vf e[2] = {vf{}, vf{}}, et[2] = {vf{}, vf{}};
+    const auto one = [&](int64_t i, int k) {
+      vf t;
+      vi power;
+      const vf x = exp2_parts(load_logits<dt>(p, i) - splat(m), splat(c), t, power);
+      const vf value = times_power(x, power);
+      e[k] += value;
+      if (ENTROPY) et[k] += value * t;
+    };
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) one(i, 0), one(i + kLanes, 1);
+    for (; i < n; i += kLanes) one(i, 0);
+    sums.e += total(e[0] + e[1]);
+    if (ENTROPY) sums.et += total(et[0] + et[1]);
+    return true;
+  });
+  return sums;
+}
+
+inline double exponential(float x, float m, float c) {
+  const double t = ((double)x - (double)m) * (double)c;
+  return std::exp2(t);
+}
+
+inline int64_t draw(const Row& row, float m, float c, int bits, const std::vector<uint64_t>& ends, uint64_t target) {
+  const int64_t tile = std::upper_bound(ends.begin(), ends.end(), target) - ends.begin();
+  uint64_t left = target - (tile ? ends[tile - 1] : 0);
+  int64_t found = -1;
+  const vi exponent = (vi{} + bits);
+  row.tiles(
+      [&](auto dt, const char* p, int64_t first, int64_t n) {
+        for (int64_t from = 0; from < n; from += kChunk) {
+          const int64_t to = std::min(n, from + kChunk);
+          alignas(64) float v[kChunk];
+          WholeSum whole;
+          for (int64_t i = from; i < to; i += kLanes) {
+            const vf x = weight(load_logits<dt>(p, i) - splat(m), splat(c), exponent);
+            whole.add(x);
+            store(v + i - from, x);
+          }
+          const uint64_t sum = whole.total();
+          if (left >= sum) {
+            left -= sum;
+            continue;
+          }
+          for (int64_t i = from; i < to; i++) {
+            const uint64_t w = (uint64_t)v[i - from];
+            if (left < w) {
+              found = first + i;
+              return false;
+            }
+            left -= w;
+          }
+        }
+        return false;
+      },
+      tile * kTile);
+  return found;
+}
+
+inline uint64_t high_product(uint64_t u, uint64_t total) { return (uint64_t)((unsigned __int128)u * total >> 64); }
+
+// The four Philox words of one block of a sample.
+inline void row_words(uint64_t seed, uint32_t sample, uint32_t stream, uint32_t block, uint32_t to[4]) {
+  const uint32_t aligned = block / kLanes * kLanes;
+  vu words[4];
+  philox_words(PhiloxKey{seed, sample, stream}, aligned, words);
+  for (int w = 0; w < 4; w++) to[w] = words[w][block - aligned];
+}
+
+}  // namespace
+}  // namespace genfast
