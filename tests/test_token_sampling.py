@@ -30,7 +30,7 @@ def test_cases(isa, case):
     assert error <= allowed
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 5000),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -50,6 +50,49 @@ def test_any_size_and_filter(size, dtype, temperature, top_p, top_k, crossing, s
         with backends.instruction_set(isa):
             error, allowed = checks.check(case, "cpu")
         assert error <= allowed, isa
+
+
+def long_rows(size: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(size)
+    normal = torch.randn(size, generator=draw)
+    peaked = normal.clone()
+    peaked[size // 3] = 30.0  # a sample of the row does not see where nearly everything is
+    pair = torch.full((size,), -torch.inf)
+    pair[[5, size - 1]] = torch.tensor([1.0, 1.5])
+    return {
+        "normal": normal,
+        "wide": 8 * normal,
+        "peaked": peaked,
+        "ties": (2 * normal).round(),
+        "equal": torch.full((size,), -3.0),
+        "pair": pair,
+        "half": torch.where(normal > 0, normal, -torch.inf),
+        "huge": 1e37 * normal,
+        "sorted": normal.sort().values,
+    }
+
+
+@pytest.mark.parametrize("size, dtype", [(8193, torch.float32), (50257, torch.bfloat16), (100001, torch.float32)])
+def test_filters_of_long_rows(size, dtype):
+    """Rows that are not sorted to be cut: every kind that could mislead the search for the cut."""
+    rows = long_rows(size)
+    x = torch.stack(list(rows.values())).to(dtype)
+    for options in (
+        dict(top_p=0.95),
+        dict(top_p=1e-6, temperature=5.0),
+        dict(top_p=0.999999, top_p_crossing=False),
+        dict(top_k=50),
+        dict(top_k=size - 1),
+        dict(top_k=3000, top_p=0.9),
+    ):
+        options = dict(temperature=1.0, seed=3, confidence="tempered") | options
+        expected = checks.of_reference(x, options)
+        for isa in PLACES:
+            with backends.instruction_set(isa):
+                got = genfast.sample_tokens(x, **options)
+            differing = (got.tokens != expected.tokens).nonzero()[:, 0].tolist()
+            assert [list(rows)[r] for r in differing] == [], (isa, options)
+            torch.testing.assert_close(got.confidence, expected.confidence, rtol=1e-5, atol=0)
 
 
 def test_peers_arithmetic():
