@@ -140,6 +140,7 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(name, dtypes, call) of every configuration of every family."""
     from genfast.kernels import configurations, token_configurations
     from genfast.kernels.sampler_step import sampler_step
+    from genfast.kernels.token_masking import forward_mask
     from genfast.kernels.token_sampling import sample_tokens
     from genfast.kernels.token_transfer import commit_, select_transfer
 
@@ -156,6 +157,9 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
         yield name, "fp32", functools.partial(select_transfer, *args, **options)
     args, options = token_configurations.commit_arguments()
     yield "commit", "fp32", functools.partial(commit_, *args, **options)
+    for name in token_configurations.MASKS:
+        x0, options = token_configurations.mask_arguments(name)
+        yield name, "fp32", functools.partial(forward_mask, x0, **options)
 
 
 def compile_launch(launch: Launch, target: str):

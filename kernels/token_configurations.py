@@ -86,3 +86,46 @@ def commit_arguments(shape=(8, 1024), device: str = "meta") -> tuple[tuple, dict
     selected = torch.empty(shape, dtype=torch.bool, device=device)
     left, finished = ids[:, 0].clone(), selected[:, 0].clone()
     return (ids, ids.clone(), selected), dict(mask_id=5, eos_id=6, left=left, finished=finished)
+
+
+MASKS = {
+    "mask_linear": {},
+    "mask_blocks": dict(block_size=16, strata=128, by_time=True, maskable=True, seed="tensor"),
+    "mask_given": dict(t=True, noise=True, drawn=False),
+    "mask_uniform": dict(vocab_size=50257, block_size=16, t=True),
+    "mask_uniform_given": dict(vocab_size=50257, noise=True, tokens=True, t=True),
+    "mask_count": dict(count="tensor", maskable=True),
+    "mask_count_uniform": dict(count=5, vocab_size=50257),
+}
+
+
+def mask_arguments(name: str, shape=(8, 1024), device: str = "meta") -> tuple[torch.Tensor, dict]:
+    """The tokens and the keyword arguments of a backend's ``forward_mask`` for a case, uninitialised."""
+    batch, length = shape
+    given = dict(MASKS[name])
+    blocks = -(-length // given.setdefault("block_size", length))
+
+    def new(kind, *size):
+        return torch.empty(size, dtype=kind, device=device)
+
+    options = dict(
+        mask_id=5, t=None, drawn=True, low=0.0, spread=1.0, slope=0.999, floor=0.001, by_time=False, strata=0,
+        maskable=None, count=None, vocab_size=0, noise=None, tokens=None, seed=0, stream=0, offset=0,
+    )  # fmt: skip
+    made = dict(
+        t=new(torch.float32, batch, blocks),
+        noise=new(torch.float32, *shape),
+        tokens=new(torch.int64, *shape),
+        maskable=new(torch.bool, *shape),
+    )
+    options.update((k, made[k] if v is True and k in made else v) for k, v in given.items())
+    options.update((k, new(torch.int64, batch)) for k in ("count", "seed") if options[k] == "tensor")
+    if options["noise"] is not None:
+        options["seed"] = None
+    return new(torch.int64, *shape), dict(
+        options,
+        x=new(torch.int64, *shape),
+        mask=new(torch.bool, *shape),
+        weight=None if options["vocab_size"] else new(torch.float32, *shape),
+        times_out=new(torch.float32, batch, blocks),
+    )

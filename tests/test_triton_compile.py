@@ -44,6 +44,11 @@ def test_the_transfer_kernels_on_every_target():
     assert {row.kernel for row in rows} == {"score_kernel", "rank_kernel", "decide_kernel", "commit_kernel"}
 
 
+def test_the_masking_kernels_on_every_target():
+    rows = compile_without_spills(("mask_blocks", "mask_count_uniform"), ["fp32"])
+    assert {row.kernel for row in rows} == {"mask_kernel", "word_kernel", "count_kernel"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", configurations.DTYPES)
 def test_every_configuration_on_every_target(dtypes):

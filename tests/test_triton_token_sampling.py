@@ -8,8 +8,8 @@ import torch
 from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
 
 import genfast
+from genfast.checks import token_masking, token_transfer
 from genfast.checks import token_sampling as checks
-from genfast.checks import token_transfer
 
 kernels = pytest.importorskip("genfast.kernels.token_sampling")
 LONG = [case for case in checks.cases() if case.shape[-1] > kernels.TILE]
@@ -54,6 +54,10 @@ class TestKernels:
     def test_transfer(self):
         with genfast.backend("triton"):
             assert [c.name for c in token_transfer.cases() if token_transfer.check(c, DEVICE) != (0, 0)] == []
+
+    def test_masking(self):
+        with genfast.backend("triton"):
+            assert [c.name for c in token_masking.cases() if token_masking.check(c, DEVICE) != (0, 0)] == []
 
     def test_cuda_graph(self):
         x = torch.randn(8, 4, 5000, device="cuda").bfloat16()

@@ -124,4 +124,5 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_direct(module);
   register_transfer_direct(module);
   register_token_sampling(module);
+  register_token_masking(module);
 }

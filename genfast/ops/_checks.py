@@ -89,3 +89,21 @@ def checked_seed(seed, batch: int, device):
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
     return signed64(seed)
+
+
+def dense_rows(t: Tensor) -> Tensor:
+    """[B, L] whose rows are runs of neighbours; a copy only where strides leave no other way."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def row_numbers(name: str, value, batch: int, device):
+    """A whole number, or int64 [B] on the device."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be whole numbers, got {value.dtype}")
+        if value.dim() > 1 or value.numel() not in (1, batch) or value.device != device:
+            raise ValueError(f"{name} is {list(value.shape)} on {value.device}; expected [{batch}] on {device}")
+        return value.to(torch.int64).expand(batch).contiguous()
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number or a tensor of them, got {type(value).__name__}")
+    return value
