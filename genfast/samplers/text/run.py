@@ -50,7 +50,9 @@ class Run:
         x: int64 [B, L], written in place.
         layout: where the prompt ends and what is padding.
         order: see :class:`TextSample`.
-        step: steps made so far; the next one draws with stream ``step``.
+        step: steps made so far.
+        stream: of the next step's draws, one more after every step. A sampler whose number of steps depends on the
+            whole batch sets it, so that a row's draws do not depend on its neighbours.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Run:
         if generator is None:
             self.seed = fresh_seed() if seed is None else checked_seed(seed, len(self.x), self.x.device)
         self.order = torch.zeros(self.x.shape, dtype=torch.int32, device=self.x.device)
-        self.step = self.evaluations = 0
+        self.step = self.stream = self.evaluations = 0
         self.callback, self.advance = callback, advance
 
     @property
@@ -90,7 +92,7 @@ class Run:
         """The options of an op that draw this step's numbers."""
         if self.generator is not None:
             return dict(generator=self.generator)
-        return dict(seed=self.seed, stream=self.step, offset=self.offset)
+        return dict(seed=self.seed, stream=self.stream, offset=self.offset)
 
     def evaluate(self, ids: Tensor | None = None, *, first: int = 0, **options) -> tuple[Output, object]:
         """The model's (output, whole answer) for ``ids``, by default all of x; ``first`` is the column of ids[:, 0]."""
@@ -133,6 +135,7 @@ class Run:
         left, finished = commit_(block, tokens, selected, mask_id=self.mask_id, eos_id=self.eos_id)
         written = selected & (block != self.mask_id)
         self.step += 1
+        self.stream += 1
         self.order[:, first:last] = torch.where(written, self.step, self.order[:, first:last])
         self.end_step(first, last)
         return left, finished
@@ -179,6 +182,18 @@ class Run:
         """Rows that have ended get the end of sequence in all columns from ``last`` on: nothing there is masked now."""
         rest = self.x[:, last:]
         rest.copy_(torch.where(ended[:, None], self.eos_id, rest))
+
+    def end_rows(self, last: int) -> Tensor:
+        """bool [B]: rows that have ended before column ``last`` (:meth:`ended`). Everything after a row's first end of
+        sequence becomes one too, at the step that has just been made: it cannot matter any more."""
+        ended = self.ended(last)
+        if self.eos_id is None:
+            return ended
+        text, order = self.x[:, self.layout.start :], self.order[:, self.layout.start :]
+        after = ((text == self.eos_id).cumsum(1) > 0) & ended[:, None] & (text != self.eos_id)
+        order.masked_fill_(after, self.step)
+        text.masked_fill_(after, self.eos_id)
+        return ended
 
     def result(self) -> TextSample:
         return TextSample(self.x, self.layout.start, self.layout.pad, self.order, self.step, self.evaluations)
