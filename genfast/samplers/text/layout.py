@@ -62,6 +62,8 @@ class Layout:
 
 
 def _rows(prompt, lengths, device) -> list[Tensor]:
+    if lengths is not None and not isinstance(prompt, Tensor):
+        raise ValueError("prompt_lengths goes with a tensor of prompts; a list says its lengths itself")
     if isinstance(prompt, int) and not isinstance(prompt, bool):
         if prompt < 0:
             raise ValueError(f"the number of rows must not be negative, got {prompt}")
@@ -77,8 +79,6 @@ def _rows(prompt, lengths, device) -> list[Tensor]:
         if any(not 0 <= n <= prompt.shape[1] for n in counts):
             raise ValueError(f"prompt_lengths must be between 0 and {prompt.shape[1]}, got {counts}")
         return [row[:n] for row, n in zip(prompt, counts)]
-    if lengths is not None:
-        raise ValueError("prompt_lengths goes with a tensor of prompts; a list says its lengths itself")
     rows = list(prompt)
     for row in rows:
         if not isinstance(row, Tensor) or row.dtype != torch.int64 or row.dim() != 1:
