@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import softmax
 
 V, MASK, EOS, EOT = 37, 36, 5, 9
-REACH = 12
+REACH = 40
 """Beyond this distance the toy's attention does not tell positions apart."""
 
 
@@ -20,7 +20,7 @@ class Toy:
 
     device = torch.device("cpu")
 
-    def __init__(self, seed=0, *, mask_logit=None, sharpness=3.0, width=12, size=V, dtype=torch.float32):
+    def __init__(self, seed=0, *, mask_logit=None, sharpness=6.0, width=12, size=V, dtype=torch.float32):
         draw = torch.Generator().manual_seed(seed)
         self.embedding = torch.randn(size, width, generator=draw, dtype=torch.float64)
         self.layers = [
@@ -29,7 +29,7 @@ class Toy:
         ]
         self.head = torch.randn(width, size, generator=draw, dtype=torch.float64) / width**0.5 * sharpness
         self.near = torch.randn(2, 2 * REACH + 1, generator=draw, dtype=torch.float64) * 3
-        self.mask_logit, self.dtype = mask_logit, dtype
+        self.mask_logit, self.dtype, self.bias = mask_logit, dtype, 0.0
         self.calls = []
 
     def attend(self, near, q, k, v, places, keep):
@@ -65,7 +65,7 @@ class Toy:
     ) -> SimpleNamespace:
         self.calls.append(tuple(ids.shape))
         h, present = self.hidden(ids, attention_mask, past_key_values, replace_position)
-        logits = (h @ self.head).to(self.dtype)
+        logits = (h @ self.head + self.bias).to(self.dtype)
         if self.mask_logit is not None:
             logits[..., MASK] = self.mask_logit
         return SimpleNamespace(logits=logits, past_key_values=present if use_cache else None)
@@ -89,6 +89,11 @@ def counts(masks, steps):
 
 def start(prompt, gen_length):
     return torch.cat([prompt, torch.full((len(prompt), gen_length), MASK)], 1)
+
+
+def best(confidence, n):
+    """What topk finds; of equal confidences, whose order it leaves open, the first."""
+    return confidence.sort(descending=True, stable=True).indices[: int(n)]
 
 
 def llada(
@@ -126,6 +131,92 @@ def llada(
             confidence = confidence.masked_fill(~masked, -torch.inf)
             confidence[:, end:] = -torch.inf
             for j in range(len(x)):
-                chosen = confidence[j].topk(int(plan[j, i])).indices
+                chosen = best(confidence[j], plan[j, i])
                 x[j, chosen] = torch.where(masked[j], tokens[j], x[j])[chosen]
     return x
+
+
+def transfer(logits, temperature, remasking, masked, x, n=None, threshold=None, generator=None):
+    """Fast-dLLM's get_transfer_index: confidences of a float64 softmax."""
+    tokens = gumbel(logits, temperature, generator).argmax(-1)
+    if remasking == "low_confidence":
+        confidence = softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
+    else:
+        confidence = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
+    confidence = confidence.masked_fill(~masked, -1.0)
+    chosen = torch.zeros_like(masked)
+    for j in range(len(x)):
+        if threshold is not None:
+            chosen[j] = confidence[j] >= threshold
+            chosen[j, confidence[j].argmax()] = True
+        else:
+            chosen[j, best(confidence[j], n[j])] = True
+    return torch.where(masked, tokens, x), chosen & masked
+
+
+def transfer_dynamic(logits, temperature, remasking, masked, x, factor=1, generator=None, accept_last=True):
+    """Fast-dLLM's get_transfer_index_dynamic; ``accept_last`` is what it does when only the last one fails."""
+    tokens = gumbel(logits, temperature, generator).argmax(-1)
+    if remasking == "low_confidence":
+        confidence = softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
+    else:
+        confidence = torch.rand(tokens.shape, generator=generator).double()
+    confidence = confidence.masked_fill(~masked, -1.0)
+    chosen = torch.zeros_like(masked)
+    for j in range(len(x)):
+        ranked = confidence[j][masked[j]].sort(descending=True).values
+        if not len(ranked):
+            continue
+        taken = 1
+        while taken < len(ranked) and ranked[taken] >= 1 - factor / (taken + 2):
+            taken += 1
+        if accept_last and taken == len(ranked) - 1:
+            taken += 1
+        chosen[j, best(confidence[j], taken)] = True
+    return torch.where(masked, tokens, x), chosen
+
+
+def fast_dllm(
+    model, prompt, *, cache=None, steps, gen_length, block_length, temperature=0.0, remasking="low_confidence",
+    threshold=None, factor=None, generator=None, fixed=True, accept_last=True, second_draw=True,
+):  # fmt: skip
+    """Fast-dLLM's three loops. ``fixed``: with the dual cache no more steps than planned; ``second_draw``: with the
+    prefix cache every step draws twice."""
+    x = start(prompt, gen_length)
+    per_block, calls = steps // (gen_length // block_length), 0
+    for begin in range(prompt.shape[1], x.shape[1], block_length):
+        end, i = begin + block_length, 0
+        plan = counts(x[:, begin:end] == MASK, per_block)
+        while i == 0 or (x[:, begin:end] == MASK).any():
+            if cache == "dual" and fixed and i == per_block:
+                break
+            first, last = 0, x.shape[1]
+            if cache is None:
+                logits = model(x).logits
+            elif i == 0:
+                answer = model(x, use_cache=True)
+                logits, past = answer.logits, answer.past_key_values
+                if cache == "prefix":
+                    past = [tuple(t[:, :, :begin] for t in layer) for layer in past]
+            else:
+                first, last = begin, end if cache == "dual" else last
+                where = torch.zeros_like(x, dtype=torch.bool)
+                where[:, begin:end] = True
+                options = dict(replace_position=where) if cache == "dual" else {}
+                logits = model(x[:, first:last], past_key_values=past, use_cache=True, **options).logits
+                if cache == "prefix" and second_draw:
+                    gumbel(logits, temperature, generator)
+            calls += 1
+            part = x[:, first:last]
+            masked = part == MASK
+            masked[:, end - first :] = False
+            if factor is not None:
+                tokens, chosen = transfer_dynamic(
+                    logits, temperature, remasking, masked, part, factor, generator, accept_last
+                )
+            else:
+                n = plan[:, i] if threshold is None else None
+                tokens, chosen = transfer(logits, temperature, remasking, masked, part, n, threshold, generator)
+            x[:, first:last] = torch.where(chosen, tokens, part)
+            i += 1
+    return x, calls
