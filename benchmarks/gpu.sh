@@ -58,10 +58,11 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuda", torch.ve
 stage build 120 /dev/null env PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 stage verify 70 "$out/gpu_verify.txt" "$python" -c 'import sys, genfast; sys.exit(not genfast.verify())'
-families=$("$python" -c 'from genfast.backends import FAMILIES; print(*FAMILIES)' 2>>"$log")
+parts=$("$python" -c 'from genfast.backends import FAMILIES, parts; print(*(p for f in FAMILIES for p in parts(f)))' \
+    2>>"$log")
 files=(tests/test_random.py)
-for family in $families; do
-    for file in tests/test_*"$family"*.py; do
+for part in $parts; do
+    for file in tests/test_*"$part"*.py; do
         [ -e "$file" ] && files+=("$file")
     done
 done

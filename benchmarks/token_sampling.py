@@ -10,16 +10,14 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
 
 import genfast
-from benchmarks import token_masking
+from benchmarks import token_generate, token_masking
 from benchmarks.harness import Bar, Case, Peer, Plan, Settings
+from benchmarks.published_tokens import MASK_ID, backend_name, draw, greedy, nucleus
 from benchmarks.rotation import pool
-from genfast import backends
 
 ENTRIES, ROWS, BLOCK, LENGTH = 126464, 256, 32, 1024
-MASK_ID = 126336
 
 
 def plans(settings: Settings) -> list[Plan]:
@@ -46,49 +44,8 @@ def plans(settings: Settings) -> list[Plan]:
         ),
         Plan("select", functools.partial(select_case, device)),
         *token_masking.plans(settings),
+        *token_generate.plans(settings),
     ]
-
-
-def backend_name(device: torch.device) -> str:
-    """The backend that runs the family on a device, with the instruction set of the CPU's."""
-    name = backends.choose("token_sampling", "sample_tokens", device)[0]
-    return f"{name} {backends.cpu_isa()}" if name == "cpu" else name
-
-
-def noisy(logits: Tensor, temperature: float) -> Tensor:
-    """LLaDA's Gumbel-max in float64."""
-    if temperature == 0:
-        return logits
-    wide = logits.double()
-    return wide.exp() / (-torch.rand_like(wide).log()) ** temperature
-
-
-def confidence_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest, and its probability."""
-    tokens = logits.argmax(-1)
-    return tokens, confidence_of(logits, tokens)
-
-
-def draw(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """A draw, and its probability."""
-    tokens = noisy(logits, temperature).argmax(-1)
-    return tokens, confidence_of(logits, tokens)
-
-
-def nucleus(logits: Tensor, p: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Dream's: sort, cut after the token that crosses p, draw."""
-    values, order = logits.sort(-1, descending=True)
-    remove = values.softmax(-1).cumsum(-1) > p
-    remove[..., 1:] = remove[..., :-1].clone()
-    remove[..., 0] = False
-    remove = torch.zeros_like(remove).scatter(-1, order, remove)
-    left = logits.masked_fill(remove, torch.finfo(logits.dtype).min).softmax(-1)
-    tokens = torch.distributions.Categorical(probs=left).sample()
-    return tokens, left.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def op_case(device, rows, entries, compiled, name, options, peer, eager_bar, compiled_bar, guided=False) -> Case:
