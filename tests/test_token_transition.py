@@ -25,7 +25,7 @@ def test_every_instruction_set(isa):
 def test_the_cases_go_and_stay():
     """Equality says little where nothing moves: of each law, some rows must go, and some stay."""
     for case in checks.cases():
-        if case.shape == (3, 7, 777) and case.odd and "temperature" not in case.options:
+        if case.shape == (3, 4, 777) and case.odd and "temperature" not in case.options:
             x = case.arguments()[0]
             moved = (case.run("cpu")[0] != x).sum()
             assert 0 < moved < x.numel(), case.name

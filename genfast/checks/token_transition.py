@@ -89,7 +89,7 @@ class TransitionCase:
         return discrete_transition(x, output, amount, **options, **(dict(out=x) if self.in_place else {}))
 
 
-_ODD = (3, 7, 777)
+_ODD = (3, 4, 777)
 _LAWS = (
     (0.4, {}),
     (2.0, dict(rule="euler")),
