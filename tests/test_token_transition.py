@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import genfast
 from benchmarks import token_transition as published
@@ -14,12 +16,31 @@ PLACES = backends.machine_isas()
 SIZE, DRAWS = 13, 200_000
 SCORES = torch.randn(SIZE, generator=torch.Generator().manual_seed(0)) - 2
 POSTERIOR = dict(kind="logits", rule="posterior")
+POSTERIOR_TOP_P = dict(POSTERIOR, temperature=1.5, top_p=0.6)
 
 
 @pytest.mark.parametrize("isa", PLACES)
 def test_every_instruction_set(isa):
     with backends.instruction_set(isa):
         assert [case.name for case in checks.cases() if checks.check(case, "cpu") != (0, 0)] == []
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 5000),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([dict(rule=rule) for rule in ("euler", "analytic", "denoise")] + [POSTERIOR, POSTERIOR_TOP_P]),
+    st.booleans(),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_any_size(size, dtype, options, uniform, amount, noisy):
+    if uniform and "kind" not in options:
+        options = dict(options, graph="uniform")
+    case = checks.TransitionCase((2, 3, size), amount, options, ("noise",) * noisy, dtype)
+    for isa in PLACES:
+        with backends.instruction_set(isa):
+            assert checks.check(case, "cpu") == (0, 0), isa
 
 
 def test_the_cases_go_and_stay():

@@ -32,19 +32,38 @@ double inverse_exponential(float m, int bits) {
   return std::ldexp((double)exp2_fraction(splat((float)(t - n)))[0], (int)n + bits);
 }
 
+// u, from words 2 and 3.
 double fraction(const uint32_t words[4]) {
   return (double)((uint64_t)words[2] << 21 | (uint64_t)words[3] >> 11) * 0x1p-53;
 }
 
-void find_words(const TransitionArgs& a, int64_t sequence, int64_t position, uint32_t words[4]) {
-  uint32_t sample = a.offset + (a.seed_per_sequence ? 0 : (uint32_t)sequence), block = (uint32_t)position;
-  if (a.ids) {
-    const uint64_t id = (uint64_t)a.ids[sequence * a.length + position];
-    sample = (uint32_t)(id >> 32), block = (uint32_t)id;
+// The Philox words of positions, which are neighbours more often than not: a vector of blocks is kept for the next.
+class Words {
+ public:
+  explicit Words(const TransitionArgs& args) : a_(args) {}
+
+  void find(int64_t sequence, int64_t position, uint32_t to[4]) {
+    uint32_t sample = a_.offset + (a_.seed_per_sequence ? 0 : (uint32_t)sequence), block = (uint32_t)position;
+    if (a_.ids) {
+      const uint64_t id = (uint64_t)a_.ids[sequence * a_.length + position];
+      sample = (uint32_t)(id >> 32), block = (uint32_t)id;
+    }
+    const uint64_t seed = (uint64_t)(a_.seeds ? a_.seeds[a_.seed_per_sequence ? sequence : 0] : a_.seed);
+    const uint32_t first = block / kLanes * kLanes;
+    if (!known_ || seed != seed_ || sample != sample_ || first != first_) {
+      philox_words(PhiloxKey{seed, sample, a_.stream}, first, words_);
+      known_ = true, seed_ = seed, sample_ = sample, first_ = first;
+    }
+    for (int w = 0; w < 4; w++) to[w] = words_[w][block - first];
   }
-  const uint64_t seed = (uint64_t)(a.seeds ? a.seeds[a.seed_per_sequence ? sequence : 0] : a.seed);
-  row_words(seed, sample, a.stream, block, words);
-}
+
+ private:
+  const TransitionArgs& a_;
+  bool known_ = false;
+  uint64_t seed_ = 0;
+  uint32_t sample_ = 0, first_ = 0;
+  vu words_[4];
+};
 
 // Sums of what is left of the weights, at the end of each tile.
 uint64_t add_floored(const Row& row, float m, float c, int bits, const Floor& floor, std::vector<uint64_t>& ends) {
@@ -109,10 +128,12 @@ const char* address(const TransitionArgs& a, int64_t flat) {
 }
 
 // The next token of a row that may change.
-int64_t next_token(const TransitionArgs& a, int64_t flat, const char* next_row, std::vector<uint64_t>& ends) {
+int64_t next_token(const TransitionArgs& a, int64_t flat, const char* next_row, Words& words,
+                   std::vector<uint64_t>& ends) {
   const int64_t sequence = flat / a.length, position = flat % a.length;
   const int64_t own = a.x.at(sequence, position);
   const double first = a.a[sequence], second = a.b[sequence];
+  if (first != first) return own;
   Row all{};
   all.data = address(a, flat), all.dtype = a.output.dtype;
   all.size = a.size;
@@ -149,33 +170,33 @@ int64_t next_token(const TransitionArgs& a, int64_t flat, const char* next_row, 
     stay = a.law == kJump ? std::max(whole - (double)sum, 0.0) : first * (double)sum / (1 - first);
   }
   if (a.noise) {
-    if (stay != stay) return own;
     const int64_t entry = flat * a.noise_width * (a.noise_is_float64 ? 8 : 4);
     return noisy_argmax(a, others, m, c, bits, floor, a.noise + entry, own, stay);
   }
-  uint32_t words[4];
-  find_words(a, sequence, position, words);
-  if (a.law != kPosterior && !(fraction(words) * whole < (double)sum)) return own;
-  return draw(others, m, c, bits, ends, high_product((uint64_t)words[0] << 32 | words[1], sum), floor);
+  uint32_t w[4];
+  words.find(sequence, position, w);
+  if (a.law != kPosterior && !(fraction(w) * whole < (double)sum)) return own;
+  return draw(others, m, c, bits, ends, high_product((uint64_t)w[0] << 32 | w[1], sum), floor);
 }
 
 // Whether a row may change, as far as can be said without reading it.
-bool may_change(const TransitionArgs& a, int64_t sequence, int64_t position) {
+bool may_change(const TransitionArgs& a, int64_t sequence, int64_t position, Words& words) {
   if (a.masked_only && a.x.at(sequence, position) != a.mask_id) return false;
   if (a.active.data && !a.active.at(sequence, position)) return false;
   if (a.law != kPosterior || a.noise) return true;
-  uint32_t words[4];
-  find_words(a, sequence, position, words);
-  return fraction(words) >= a.a[sequence];
+  uint32_t w[4];
+  words.find(sequence, position, w);
+  return fraction(w) >= a.a[sequence];
 }
 
 }  // namespace
 
 void discrete_transition(const TransitionArgs& args) {
   std::vector<int64_t> rows;
+  Words words(args);
   for (int64_t sequence = 0; sequence < args.batch; sequence++)
     for (int64_t position = 0; position < args.length; position++) {
-      if (may_change(args, sequence, position))
+      if (may_change(args, sequence, position, words))
         rows.push_back(sequence * args.length + position);
       else
         args.out.at(sequence, position) = args.x.at(sequence, position);
@@ -183,10 +204,11 @@ void discrete_transition(const TransitionArgs& args) {
   const int64_t count = (int64_t)rows.size();
   parallel_for(threads_for(count * args.size, kGrain), count, [&](int64_t first, int64_t last) {
     std::vector<uint64_t> ends;
+    Words words(args);
     for (int64_t r = first; r < last; r++) {
       const int64_t sequence = rows[r] / args.length, position = rows[r] % args.length;
       const int64_t before = args.x.at(sequence, position);
-      const int64_t token = next_token(args, rows[r], r + 1 < last ? address(args, rows[r + 1]) : nullptr, ends);
+      const int64_t token = next_token(args, rows[r], r + 1 < last ? address(args, rows[r + 1]) : nullptr, words, ends);
       args.out.at(sequence, position) = token;
       if (token != before) __atomic_store_n(args.changed + sequence, 1, __ATOMIC_RELAXED);
     }

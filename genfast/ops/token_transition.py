@@ -70,8 +70,8 @@ def discrete_transition(
     With s = exp(output) the score, x the current token, V the entries of a row, S the sum of s over y != x:
 
     * absorb, ``"analytic"``: p_y = (e^amount - 1) s_y and p_mask = 1 - (e^amount - 1) S; ``"euler"``: p_y = amount s_y
-      and p_mask = 1 - amount S; ``"denoise"``: p_y proportional to s_y, the mask none, whatever the amount. Tokens
-      other than the mask never change, and their rows are not read.
+      and p_mask = 1 - amount S; ``"denoise"``: p_y proportional to s_y, the mask none, whatever the amount. The mask's
+      own score is 1 by definition and not read. Tokens other than the mask never change; their rows are not read.
     * uniform, ``"analytic"`` and ``"denoise"`` (the same with all the noise): p_y proportional to
       (s_y - (1 - e^-amount) sum(s) / V) T_xy, where T is (1 - e^-amount) / V, plus e^-amount on the diagonal; here s_x
       counts as it comes (SEDD's model gives log score 0). ``"euler"``: p_y = amount s_y / V and

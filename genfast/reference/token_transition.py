@@ -142,9 +142,10 @@ def discrete_transition(
         if temperature == 0:
             token = s.argmax(-1)
     else:
-        width = noise.shape[-1]
-        gumbel = EPS - (noise.reshape(-1, width) + EPS).double().log()
-        value = v.double().scatter(1, own, stay[:, None])[:, :width] / gumbel
+        # Where noise has no column for the mask, the mask has no weight.
+        noise = torch.nn.functional.pad(noise, (0, size - noise.shape[-1]), value=0.5).reshape(-1, size)
+        gumbel = EPS - (noise + EPS).double().log()
+        value = v.double().scatter(1, own, stay[:, None]) / gumbel
         token = value.argmax(-1)
         moves = (token != own[:, 0]) & ~stay.isnan()
     moves = (moves & ~no_law[:, 0]).view(batch, length)
