@@ -104,13 +104,14 @@ def discrete_transition(
             argmax p / (1e-10 - log(noise + 1e-10)), as in ``sample_categorical`` of SEDD, MDLM and BD3-LM.
         generator: draw ``noise`` from it, in float32 like the published code with float32 models. The same generator
             then gives the same tokens (but for near ties within the rounding of float32). It and ``noise`` are for
-            parity; they cost 4 or 8 bytes per entry, and float32 noise never draws what has a share below 1e-8.
+            parity: they cost 4 or 8 bytes per entry, and float32 noise, of 24 bits, cuts off shares below about 1e-8.
         out: where to write the next state, int64 [B, L]; may be ``x`` itself, and must not overlap it otherwise.
 
     Returns:
         :class:`Transition`. A row without a distribution (nothing but -inf, a NaN or +inf at an id that could be
-        drawn) keeps its token. With the same amount as a float, seed and positions, the tokens are the same on every
-        backend and device, for any batch split and thread count.
+        drawn, a NaN as amount) keeps its token. With an amount that is a float, and the same seed and positions, the
+        tokens are the same on every backend and device, for any batch split and thread count; with a tensor too, as far
+        as two devices' ``expm1`` agree in float64.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, or one that goes with
