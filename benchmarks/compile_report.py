@@ -143,6 +143,7 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     from genfast.kernels.token_masking import forward_mask
     from genfast.kernels.token_sampling import sample_tokens
     from genfast.kernels.token_transfer import commit_, select_transfer
+    from genfast.kernels.token_transition import discrete_transition
 
     for case in configurations.CASES:
         for dtypes in configurations.DTYPES:
@@ -160,6 +161,10 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     for name in token_configurations.MASKS:
         x0, options = token_configurations.mask_arguments(name)
         yield name, "fp32", functools.partial(forward_mask, x0, **options)
+    for name in token_configurations.TRANSITIONS:
+        for dtype in token_configurations.DTYPES:
+            args, options = token_configurations.transition_arguments(name, dtype)
+            yield name, dtype, functools.partial(discrete_transition, *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):

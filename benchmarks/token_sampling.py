@@ -22,6 +22,8 @@ ENTRIES, ROWS, BLOCK, LENGTH = 126464, 256, 32, 1024
 
 def plans(settings: Settings) -> list[Plan]:
     """The cases of the family, for the settings' device."""
+    from benchmarks import token_transition  # here, since it builds on this module
+
     device, quick = settings.device, settings.quick
     rows, entries = (16, 4096) if quick else (ROWS, ENTRIES)
     build = functools.partial(op_case, device, rows, entries, not quick)
@@ -45,6 +47,7 @@ def plans(settings: Settings) -> list[Plan]:
         Plan("select", functools.partial(select_case, device)),
         *token_masking.plans(settings),
         *token_generate.plans(settings),
+        *token_transition.plans(settings),
     ]
 
 
