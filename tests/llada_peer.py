@@ -99,8 +99,13 @@ def best(confidence, n):
 def llada(
     model, prompt, attention_mask=None, *, steps, gen_length, block_length, temperature=0.0, cfg_scale=0.0,
     remasking="low_confidence", logits_eos_inf=False, confidence_eos_eot_inf=False, generator=None,
+    forbid=False, count_all=False, both_last=False, widen=False,
 ):  # fmt: skip
-    """LLaDA's generate: the aliasing of its confidence option at temperature 0 included."""
+    """LLaDA's generate: the aliasing of its confidence option at temperature 0 included.
+
+    Corrections: ``forbid`` the mask token, ``count_all`` masks, the prompt's too, ``both_last`` EOS and EOT at any
+    temperature, ``widen`` logits to float32.
+    """
     x = start(prompt, gen_length)
     if attention_mask is not None:
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(x), gen_length)], 1)
@@ -108,22 +113,28 @@ def llada(
     per_block = steps // (gen_length // block_length)
     for begin in range(prompt.shape[1], x.shape[1], block_length):
         end = begin + block_length
-        plan = counts(x[:, begin:end] == MASK, per_block)
+        plan = counts(x[:, 0 if count_all else begin : end] == MASK, per_block)
         for i in range(per_block):
             masked = x == MASK
             if cfg_scale > 0:
                 both = torch.cat([x, torch.where(given, MASK, x)])
                 mask = None if attention_mask is None else torch.cat([attention_mask] * 2)
-                logits, uncond = model(both, attention_mask=mask).logits.chunk(2)
+                logits = model(both, attention_mask=mask).logits
+                logits, uncond = (logits.float() if widen else logits).chunk(2)
                 logits = uncond + (cfg_scale + 1) * (logits - uncond)
             else:
                 logits = model(x, attention_mask=attention_mask).logits
             if logits_eos_inf:
                 logits[..., EOS] = -torch.inf
+            logits = logits.float() if widen else logits
             noisy = gumbel(logits, temperature, generator)
-            tokens = noisy.argmax(-1)
+            allowed = noisy.clone()
+            allowed[..., MASK] = -torch.inf if forbid else noisy[..., MASK]
+            tokens = allowed.argmax(-1)
             if confidence_eos_eot_inf:
                 noisy[..., EOS] = logits[..., EOT] = -torch.inf
+                if both_last:
+                    logits[..., EOS] = -torch.inf
             if remasking == "low_confidence":
                 confidence = softmax(logits, -1).gather(-1, tokens[..., None])[..., 0]
             else:

@@ -1,4 +1,4 @@
-"""The samplers of LLaDA and Fast-dLLM, and what every text sampler does: layout, padding, draws, callback, early stop."""
+"""The samplers of LLaDA and Fast-dLLM, and the floor of all text samplers: layout, padding, draws, early stop."""
 
 import sys
 

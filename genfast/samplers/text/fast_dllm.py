@@ -1,4 +1,4 @@
-"""Fast-dLLM's sampler (arXiv:2505.22618): several tokens per step where the model is sure, and two kinds of KV cache."""
+"""Fast-dLLM (arXiv:2505.22618): several tokens per step where the model is sure, and two kinds of KV cache."""
 
 from __future__ import annotations
 

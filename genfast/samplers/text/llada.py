@@ -117,10 +117,11 @@ def generate_llada(
             callback=callback,
             advance=advance,
         )
+        given = run.x != mask_id
         for first in blocks:
             last = first + block_length
             for n in counts:
-                output = evaluate_guided(run, cfg_scale)
+                output = evaluate_guided(run, cfg_scale, given)
                 run.unmask(output, first, last, n, sample=sample, select=select)
                 if eos_id is not None and bool(run.end_rows(last).all()):
                     return run.result()
@@ -146,15 +147,13 @@ def remasking_options(remasking: str) -> tuple[dict, dict]:
     return REMASKING[remasking]
 
 
-def evaluate_guided(run: Run, cfg_scale: float) -> Output:
+def evaluate_guided(run: Run, cfg_scale: float, given: Tensor) -> Output:
     """The model's output for all of x, with classifier-free guidance: one call of twice the rows, the second half with
-    the prompt masked."""
+    the positions ``given`` (the prompt) masked."""
     if not cfg_scale > 0:
         return run.evaluate()[0]
-    without = run.x.clone()
-    without[:, : run.layout.start] = run.mask_id
+    both = torch.cat([run.x, torch.where(given, run.mask_id, run.x)])
     mask = run.layout.attention_mask
-    both = torch.cat([run.x, without])
     output, _ = run.evaluate(both, attention_mask=None if mask is None else torch.cat([mask, mask]))
-    given, uncond = output.logits.chunk(2)
-    return Output(given, uncond=uncond, guidance=cfg_scale + 1)
+    cond, uncond = output.logits.chunk(2)
+    return Output(cond, uncond=uncond, guidance=cfg_scale + 1)
