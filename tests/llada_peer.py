@@ -147,9 +147,16 @@ def llada(
     return x
 
 
-def transfer(logits, temperature, remasking, masked, x, n=None, threshold=None, generator=None):
-    """Fast-dLLM's get_transfer_index: confidences of a float64 softmax."""
-    tokens = gumbel(logits, temperature, generator).argmax(-1)
+def drawn(logits, temperature, generator, forbid):
+    noisy = gumbel(logits, temperature, generator).clone()
+    if forbid:
+        noisy[..., MASK] = -torch.inf
+    return noisy.argmax(-1)
+
+
+def transfer(logits, temperature, remasking, masked, x, n=None, threshold=None, generator=None, forbid=False):
+    """Fast-dLLM's get_transfer_index: confidences of a float64 softmax. ``forbid`` the mask: a correction."""
+    tokens = drawn(logits, temperature, generator, forbid)
     if remasking == "low_confidence":
         confidence = softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
     else:
@@ -165,9 +172,11 @@ def transfer(logits, temperature, remasking, masked, x, n=None, threshold=None, 
     return torch.where(masked, tokens, x), chosen & masked
 
 
-def transfer_dynamic(logits, temperature, remasking, masked, x, factor=1, generator=None, accept_last=True):
+def transfer_dynamic(
+    logits, temperature, remasking, masked, x, factor=1, generator=None, accept_last=True, forbid=False
+):
     """Fast-dLLM's get_transfer_index_dynamic; ``accept_last`` is what it does when only the last one fails."""
-    tokens = gumbel(logits, temperature, generator).argmax(-1)
+    tokens = drawn(logits, temperature, generator, forbid)
     if remasking == "low_confidence":
         confidence = softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
     else:
@@ -189,7 +198,7 @@ def transfer_dynamic(logits, temperature, remasking, masked, x, factor=1, genera
 
 def fast_dllm(
     model, prompt, *, cache=None, steps, gen_length, block_length, temperature=0.0, remasking="low_confidence",
-    threshold=None, factor=None, generator=None, fixed=True, accept_last=True, second_draw=True,
+    threshold=None, factor=None, generator=None, fixed=True, accept_last=True, second_draw=True, forbid=True,
 ):  # fmt: skip
     """Fast-dLLM's three loops. ``fixed``: with the dual cache no more steps than planned; ``second_draw``: with the
     prefix cache every step draws twice."""
@@ -223,11 +232,11 @@ def fast_dllm(
             masked[:, end - first :] = False
             if factor is not None:
                 tokens, chosen = transfer_dynamic(
-                    logits, temperature, remasking, masked, part, factor, generator, accept_last
+                    logits, temperature, remasking, masked, part, factor, generator, accept_last, forbid
                 )
             else:
                 n = plan[:, i] if threshold is None else None
-                tokens, chosen = transfer(logits, temperature, remasking, masked, part, n, threshold, generator)
+                tokens, chosen = transfer(logits, temperature, remasking, masked, part, n, threshold, generator, forbid)
             x[:, first:last] = torch.where(chosen, tokens, part)
             i += 1
     return x, calls
