@@ -261,10 +261,11 @@ def test_likelihood_of_a_model_that_ignores_its_input_is_exact():
     assert found == pytest.approx(6 * float(bias.double().log_softmax(0)[3]), rel=1e-6)
 
 
-def test_forward_process_masks_exact_counts():
+@pytest.mark.parametrize("options", [dict(generator=torch.Generator().manual_seed(1)), dict(seed=2)])
+def test_forward_process_masks_exact_counts(options):
     text = prompts(1, 10)[0].repeat(8, 1)
     given = torch.arange(10) < 2
-    x, share = forward_process(text, given, MASK, generator=torch.Generator().manual_seed(1))
+    x, share = forward_process(text, given, MASK, **options)
     masked = x == MASK
     assert not masked[:, :2].any() and torch.equal(torch.where(masked, text, x), text)
     # Eight rows, eight answer tokens: every count once.
@@ -274,6 +275,27 @@ def test_forward_process_masks_exact_counts():
         forward_process(text, given | True, MASK)
 
 
+def test_likelihood_drawn_in_the_kernel():
+    """Unbiased: the mean of 300 estimates is that of 300 as published, within five standard errors."""
+    model, prompt, answer = Toy(4, sharpness=2.0), prompts(1, 4)[0], prompts(1, 6, 8)[0]
+    options = dict(mc_num=4, batch_size=2, mask_id=MASK)
+    before = torch.get_rng_state()
+    ours = torch.tensor([get_log_likelihood(model, prompt, answer, seed=s, **options) for s in range(300)])
+    assert torch.equal(before, torch.get_rng_state())
+    assert ours[3] == get_log_likelihood(model, prompt, answer, seed=3, **options)
+    draw = torch.Generator().manual_seed(1)
+    published = torch.tensor([get_log_likelihood(model, prompt, answer, generator=draw, **options) for _ in range(300)])
+    assert ours.std() > 0
+    assert abs(ours.mean() - published.mean()) < 5 * ((ours.var() + published.var()) / 300) ** 0.5
+    # How many are masked in one row of a batch is uniform: chi-square, 5 degrees of freedom, p = 1e-5.
+    text, given = torch.cat([prompt, answer])[None], torch.arange(10) < 4
+    counts = torch.tensor([int((forward_process(text, given, MASK, seed=s)[0] == MASK).sum()) for s in range(600)])
+    seen = counts.bincount(minlength=7)[1:]
+    assert seen.sum() == 600 and ((seen - 100) ** 2 / 100).sum() < 30.9
+
+
 def test_likelihood_refuses():
     with pytest.raises(ValueError, match="mc_num must be at least batch_size"):
         get_log_likelihood(Toy(), prompts(1)[0], prompts(1)[0], mc_num=8)
+    with pytest.raises(ValueError, match="exclude each other"):
+        get_log_likelihood(Toy(), prompts(1)[0], prompts(1)[0], mask_id=MASK, seed=1, generator=torch.Generator())

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from genfast.dropin.unmasking import check_remasking, default_generator, drawable, propose
+from genfast.ops.token_masking import forward_mask
 from genfast.ops.token_sampling import sample_tokens
+from genfast.random import philox_words, signed64
 from genfast.reference.token_sampling import guide
 from genfast.samplers.text.layout import Layout
 from genfast.samplers.text.llada import evaluate_guided
@@ -148,7 +150,13 @@ def _in_own_dtype(output: Output) -> Output:
 
 
 def forward_process(
-    batch: Tensor, prompt_index: Tensor, mask_id: int, *, generator: torch.Generator | None = None
+    batch: Tensor,
+    prompt_index: Tensor,
+    mask_id: int,
+    *,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Mask an exact number of each row's answer tokens; over the rows the numbers are spread evenly over 1 .. n.
 
@@ -156,25 +164,38 @@ def forward_process(
         batch: int64 [B, L], a prompt and then an answer of n tokens.
         prompt_index: bool [L], the prompt.
         generator: by default torch's, of the batch's device for the numbers and of the CPU for the places.
+        seed, stream: draw inside the kernel (:func:`genfast.forward_mask`) instead; ``stream`` is the batch's number.
 
     Returns:
         (the masked batch, the masked share of the answer, float32 [B, L]).
+
+    Raises:
+        ValueError: there is no answer, or two sources of randomness.
     """
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator exclude each other: give one source of randomness")
     rows, n = len(batch), int((~prompt_index).sum())
     if n == 0:
         raise ValueError("there is no answer: prompt_index is True everywhere")
     where = batch.device if generator is None else generator.device
-    k = torch.randint(1, n + 1, (), device=where, generator=generator).to(batch.device)
+    if seed is None:
+        k = torch.randint(1, n + 1, (), device=where, generator=generator).to(batch.device)
+    else:
+        # A block that forward_mask, which counts positions, does not draw from.
+        counters = (torch.tensor(c, device=batch.device) for c in (signed64(seed), 1 << 32, 0, stream))
+        k = 1 + (philox_words(*counters)[0] * n >> 32)
     # The sum is made as a float32 tensor, as published: the last bit decides how a half is rounded.
     top = k + (rows - 1) * (n / rows)
     masks = torch.round(torch.linspace(float(k), float(top), steps=rows, device=batch.device)).long()
     masks = (masks - 1) % n + 1
-    order = torch.stack(
-        [torch.randperm(n, generator=generator, device="cpu" if generator is None else where) for _ in range(rows)]
-    ).to(batch.device)
-    chosen = torch.nn.functional.pad(order < masks[:, None], (batch.shape[1] - n, 0))
     share = (masks / n)[:, None].repeat(1, batch.shape[1])
-    return torch.where(chosen, mask_id, batch), share
+    if seed is not None:
+        x = forward_mask(batch, mask_id=mask_id, maskable=~prompt_index, count=masks, seed=seed, stream=stream).x
+        return x, share
+    places = "cpu" if generator is None else where
+    order = torch.stack([torch.randperm(n, generator=generator, device=places) for _ in range(rows)])
+    chosen = order.to(batch.device) < masks[:, None]
+    return torch.where(torch.nn.functional.pad(chosen, (batch.shape[1] - n, 0)), mask_id, batch), share
 
 
 @torch.no_grad()
@@ -188,6 +209,7 @@ def get_log_likelihood(
     mask_id: int = MASK_ID,
     *,
     generator: torch.Generator | None = None,
+    seed: int | None = None,
 ) -> float:
     """A Monte Carlo estimate of the evidence lower bound of log p(answer | prompt), in nats.
 
@@ -196,7 +218,7 @@ def get_log_likelihood(
         prompt, answer: int64 [P] and [n].
         mc_num, batch_size: mc_num // batch_size batches of batch_size maskings.
         cfg_scale: w of classifier-free guidance, see :func:`genfast.generate_llada`.
-        generator: see :func:`forward_process`, which draws as the published code does.
+        generator, seed: see :func:`forward_process`, which by default draws as the published code does.
 
     Returns:
         minus the mean of (n / masked) times the sum of the masked tokens' cross-entropies. Only the rows of masked
@@ -213,8 +235,8 @@ def get_log_likelihood(
     text = torch.cat([prompt, answer])[None].to(device).repeat(batch_size, 1)
     prompt_index = torch.arange(text.shape[1], device=device) < len(prompt)
     losses = []
-    for _ in range(mc_num // batch_size):
-        x, share = forward_process(text, prompt_index, mask_id, generator=generator)
+    for number in range(mc_num // batch_size):
+        x, share = forward_process(text, prompt_index, mask_id, generator=generator, seed=seed, stream=number)
         rows = (x == mask_id).flatten().nonzero()[:, 0]
         picked = text.flatten()[rows]
         if cfg_scale > 0:

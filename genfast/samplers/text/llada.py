@@ -61,7 +61,8 @@ def generate_llada(
             ``logits``, or a tuple that begins with them. Where prompts are padded it gets ``attention_mask`` int64
             [B, L] too, and with guidance 2 B rows.
         prompt, prompt_lengths: int64 [B, P], perhaps with lengths int64 [B]; a list of B tensors [P]; or B, for no
-            prompt. Shorter prompts are padded on the left with ``pad_id`` (the mask by default).
+            prompt. Shorter prompts are padded on the left with ``pad_id`` (the mask by default). All is moved to
+            ``model.device`` if there is one.
         steps: of the whole generation, divided evenly among the blocks; within a block, masks are divided evenly among
             steps, the remainder to the first ones. Steps that would unmask nothing are left out.
         gen_length, block_length: how many tokens to write, and in blocks of how many.
@@ -103,7 +104,14 @@ def generate_llada(
         suppress_confidence=suppress_confidence,
     )
     counts = [n for n in even_counts(block_length, per_block).tolist() if n]
-    layout = Layout(prompt, gen_length, mask_id=mask_id, pad_id=pad_id, prompt_lengths=prompt_lengths)
+    layout = Layout(
+        prompt,
+        gen_length,
+        mask_id=mask_id,
+        pad_id=pad_id,
+        prompt_lengths=prompt_lengths,
+        device=getattr(model, "device", None),
+    )
     blocks = range(layout.start, layout.x.shape[1], block_length)
     with bar("generate_llada", len(blocks) * len(counts), progress) as advance:
         run = Run(

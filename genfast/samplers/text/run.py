@@ -148,7 +148,7 @@ class Run:
         if self.callback is not None:
             self.callback(TextState(self.step, self.x, self.order, (first, last)))
 
-    def unmask(self, output: Output, first: int, last: int, n, *, sample: dict, select: dict, end: int | None = None):
+    def unmask(self, output: Output, first: int, last: int, n, *, sample: dict, select: dict):
         """One step on columns [first, last): tokens and confidences of the masked positions, choice, write.
 
         A strategy that does not look at confidences (``random``, ``sequential``) chooses first, and only the chosen
@@ -179,11 +179,6 @@ class Run:
         first_eos = torch.where(text == self.eos_id, places, text.shape[1]).amin(1)
         first_mask = torch.where(text == self.mask_id, places, text.shape[1]).amin(1)
         return first_eos < first_mask
-
-    def fill_ended(self, last: int, ended: Tensor) -> None:
-        """Rows that have ended get the end of sequence in all columns from ``last`` on: nothing there is masked now."""
-        rest = self.x[:, last:]
-        rest.copy_(torch.where(ended[:, None], self.eos_id, rest))
 
     def end_rows(self, last: int) -> Tensor:
         """bool [B]: rows that have ended before column ``last`` (:meth:`ended`). Everything after a row's first end of
