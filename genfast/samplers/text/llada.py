@@ -163,5 +163,4 @@ def evaluate_guided(run: Run, cfg_scale: float, given: Tensor) -> Output:
     both = torch.cat([run.x, torch.where(given, run.mask_id, run.x)])
     mask = run.layout.attention_mask
     output, _ = run.evaluate(both, attention_mask=None if mask is None else torch.cat([mask, mask]))
-    cond, uncond = output.logits.chunk(2)
-    return Output(cond, uncond=uncond, guidance=cfg_scale + 1)
+    return output.guided(cfg_scale + 1)
