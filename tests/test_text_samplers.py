@@ -1,4 +1,4 @@
-"""The samplers of LLaDA and Fast-dLLM, and what every text sampler does: layout, padding, draws, callback, early stop."""
+"""The samplers of LLaDA and Fast-dLLM, and the floor of all text samplers: layout, padding, draws, early stop."""
 
 import sys
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llada_peer import EOS, EOT, MASK, Toy, V, fast_dllm, llada
 
-from genfast import TextSample, generate_fast_dllm, generate_llada
+from genfast import TextSample, backend, generate_fast_dllm, generate_llada
 from genfast.samplers.text.layout import Layout
 from genfast.samplers.text.output import Output, call
 from genfast.samplers.text.run import even_counts
@@ -170,6 +170,15 @@ def test_a_seed_per_row_makes_a_row_its_own(name, remasking):
     same = SAMPLERS[name](model, prompt[:1].expand(2, -1), seed=seeds[:1].expand(2), **options).tokens
     assert torch.equal(same[0], same[1])
     assert not torch.equal(*SAMPLERS[name](model, prompt[:1].expand(2, -1), seed=5, **options).tokens)
+
+
+@everywhere
+def test_the_reference_writes_the_same_text(name):
+    model, rows = Toy(9), ragged()
+    for options in (dict(temperature=0.9), dict(remasking="random"), dict(eos_id=EOS)):
+        found = SAMPLERS[name](model, rows, seed=3, **options).tokens
+        with backend("reference"):
+            assert torch.equal(SAMPLERS[name](model, rows, seed=3, **options).tokens, found)
 
 
 @everywhere

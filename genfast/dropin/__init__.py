@@ -8,6 +8,8 @@ module                   peer                         one line
 ``dropin.edm``           EDM (Karras et al. 2022)     ``from genfast.dropin.edm import edm_sampler``
 ``dropin.score_sde``     score_sde_pytorch            ``from genfast.dropin.score_sde import get_pc_sampler``
 ``dropin.flow_matching`` flow_matching, torchcfm      ``from genfast.dropin.flow_matching import ODESolver``
+``dropin.llada``         LLaDA (Nie et al. 2025)      ``from genfast.dropin.llada import generate``
+``dropin.fast_dllm``     Fast-dLLM (Wu et al. 2025)   ``from genfast.dropin.fast_dllm import generate_with_dual_cache``
 ======================== ============================ =====================================================
 
 A peer is imported only when its drop-in is.

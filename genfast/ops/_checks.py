@@ -60,7 +60,22 @@ def id_list(name: str, ids, size: int, device) -> Tensor | None:
     if not ids:
         return None
     _check_ids(name, ids[0], ids[-1], size)
-    return torch.tensor(ids, device=device)
+    return _id_tensor(tuple(ids), device)
+
+
+_id_tensors: dict = {}
+
+
+def _id_tensor(ids: tuple[int, ...], device) -> Tensor:
+    """Made once for a list and a device: on a GPU the copy would make the host wait for all that it has ordered."""
+    found = None if torch.compiler.is_compiling() else _id_tensors.get((ids, device))
+    if found is None:
+        found = torch.tensor(ids, device=device)
+        if not torch.compiler.is_compiling():
+            if len(_id_tensors) >= 256:
+                _id_tensors.clear()
+            _id_tensors[ids, device] = found
+    return found
 
 
 def _check_ids(name: str, low: int, high: int, size: int) -> None:

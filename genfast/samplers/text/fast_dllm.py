@@ -1,4 +1,4 @@
-"""Fast-dLLM's sampler (arXiv:2505.22618): several tokens per step where the model is sure, and two kinds of KV cache."""
+"""Fast-dLLM (arXiv:2505.22618): several tokens per step where the model is sure, and two kinds of KV cache."""
 
 from __future__ import annotations
 
@@ -101,7 +101,14 @@ def generate_fast_dllm(
         suppress=suppress,
         suppress_confidence=suppress_confidence,
     )
-    layout = Layout(prompt, gen_length, mask_id=mask_id, pad_id=pad_id, prompt_lengths=prompt_lengths)
+    layout = Layout(
+        prompt,
+        gen_length,
+        mask_id=mask_id,
+        pad_id=pad_id,
+        prompt_lengths=prompt_lengths,
+        device=getattr(model, "device", None),
+    )
     blocks = range(layout.start, layout.x.shape[1], block_length)
     with bar("generate_fast_dllm", None if dynamic else len(blocks) * len(counts), progress) as advance:
         run = Run(

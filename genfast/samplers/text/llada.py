@@ -61,7 +61,8 @@ def generate_llada(
             ``logits``, or a tuple that begins with them. Where prompts are padded it gets ``attention_mask`` int64
             [B, L] too, and with guidance 2 B rows.
         prompt, prompt_lengths: int64 [B, P], perhaps with lengths int64 [B]; a list of B tensors [P]; or B, for no
-            prompt. Shorter prompts are padded on the left with ``pad_id`` (the mask by default).
+            prompt. Shorter prompts are padded on the left with ``pad_id`` (the mask by default). All is moved to
+            ``model.device`` if there is one.
         steps: of the whole generation, divided evenly among the blocks; within a block, masks are divided evenly among
             steps, the remainder to the first ones. Steps that would unmask nothing are left out.
         gen_length, block_length: how many tokens to write, and in blocks of how many.
@@ -103,7 +104,14 @@ def generate_llada(
         suppress_confidence=suppress_confidence,
     )
     counts = [n for n in even_counts(block_length, per_block).tolist() if n]
-    layout = Layout(prompt, gen_length, mask_id=mask_id, pad_id=pad_id, prompt_lengths=prompt_lengths)
+    layout = Layout(
+        prompt,
+        gen_length,
+        mask_id=mask_id,
+        pad_id=pad_id,
+        prompt_lengths=prompt_lengths,
+        device=getattr(model, "device", None),
+    )
     blocks = range(layout.start, layout.x.shape[1], block_length)
     with bar("generate_llada", len(blocks) * len(counts), progress) as advance:
         run = Run(
@@ -117,10 +125,11 @@ def generate_llada(
             callback=callback,
             advance=advance,
         )
+        given = run.x != mask_id
         for first in blocks:
             last = first + block_length
             for n in counts:
-                output = evaluate_guided(run, cfg_scale)
+                output = evaluate_guided(run, cfg_scale, given)
                 run.unmask(output, first, last, n, sample=sample, select=select)
                 if eos_id is not None and bool(run.end_rows(last).all()):
                     return run.result()
@@ -146,15 +155,12 @@ def remasking_options(remasking: str) -> tuple[dict, dict]:
     return REMASKING[remasking]
 
 
-def evaluate_guided(run: Run, cfg_scale: float) -> Output:
+def evaluate_guided(run: Run, cfg_scale: float, given: Tensor) -> Output:
     """The model's output for all of x, with classifier-free guidance: one call of twice the rows, the second half with
-    the prompt masked."""
+    the positions ``given`` (the prompt) masked."""
     if not cfg_scale > 0:
         return run.evaluate()[0]
-    without = run.x.clone()
-    without[:, : run.layout.start] = run.mask_id
+    both = torch.cat([run.x, torch.where(given, run.mask_id, run.x)])
     mask = run.layout.attention_mask
-    both = torch.cat([run.x, without])
     output, _ = run.evaluate(both, attention_mask=None if mask is None else torch.cat([mask, mask]))
-    given, uncond = output.logits.chunk(2)
-    return Output(given, uncond=uncond, guidance=cfg_scale + 1)
+    return output.guided(cfg_scale + 1)

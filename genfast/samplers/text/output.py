@@ -57,22 +57,14 @@ class Output:
         if not self.first <= first <= last <= self.first + columns:
             raise ValueError(f"columns {first} to {last} are not among {self.first} to {self.first + columns}")
         shape = (batch, last - first)
-        found = torch.arange(first - self.first, last - self.first, device=ids.device)
-        rows = (found + columns * torch.arange(batch, device=ids.device)[:, None]).reshape(-1)
+        places = torch.arange(first - self.first, last - self.first, device=ids.device)
+        rows = (places + columns * torch.arange(batch, device=ids.device)[:, None]).reshape(-1)
         picked = None
         if where is not None and ids.device.type == "cpu":
             picked = where.reshape(-1).nonzero()[:, 0]
             rows, ids = rows[picked], ids.reshape(-1)[picked]
         seeded = options.get("generator") is None and options.get("noise") is None
-        found = sample_tokens(
-            self.logits,
-            uncond=self.uncond,
-            guidance=self.guidance,
-            shift=self.shift,
-            rows=rows,
-            row_ids=ids.reshape(-1) if seeded else None,
-            **options,
-        )
+        found = self.draw(rows, row_ids=ids.reshape(-1) if seeded else None, **options)
 
         def spread(values):
             if values is None:
@@ -82,3 +74,14 @@ class Output:
             return values.reshape(shape)
 
         return TokenSample(*map(spread, found))
+
+    def draw(self, rows: Tensor, **options) -> TokenSample:
+        """:func:`genfast.sample_tokens` at the rows of logits flattened to [B n, V]."""
+        return sample_tokens(
+            self.logits, uncond=self.uncond, guidance=self.guidance, shift=self.shift, rows=rows, **options
+        )
+
+    def guided(self, guidance: float) -> Output:
+        """The first half of the batch, guided by its second half, which is without the condition."""
+        cond, uncond = self.logits.chunk(2)
+        return Output(cond, first=self.first, uncond=uncond, guidance=guidance, shift=self.shift)

@@ -109,10 +109,12 @@ class Run:
 
     def sample(self, output: Output, first: int, last: int, where: Tensor | None = None, **options):
         """A :class:`genfast.TokenSample` [B, last - first] with this step's numbers; see :meth:`Output.sample`."""
+        return output.sample(first, last, where, self.ids(first, last), **options, **self.randomness)
+
+    def ids(self, first: int, last: int) -> Tensor:
+        """Identities [B, last - first] of positions: :meth:`Layout.row_ids`."""
         per_row = isinstance(self.seed, Tensor) and self.seed.dim() == 1
-        columns = torch.arange(first, last, device=self.x.device)
-        ids = self.layout.row_ids(columns, self.offset, per_row)
-        return output.sample(first, last, where, ids, **options, **self.randomness)
+        return self.layout.row_ids(torch.arange(first, last, device=self.x.device), self.offset, per_row)
 
     def select(self, confidence: Tensor, candidates: Tensor, n=1, **options) -> Tensor:
         """:func:`genfast.select_transfer` with this step's numbers.
@@ -146,7 +148,7 @@ class Run:
         if self.callback is not None:
             self.callback(TextState(self.step, self.x, self.order, (first, last)))
 
-    def unmask(self, output: Output, first: int, last: int, n, *, sample: dict, select: dict, end: int | None = None):
+    def unmask(self, output: Output, first: int, last: int, n, *, sample: dict, select: dict):
         """One step on columns [first, last): tokens and confidences of the masked positions, choice, write.
 
         A strategy that does not look at confidences (``random``, ``sequential``) chooses first, and only the chosen
@@ -177,11 +179,6 @@ class Run:
         first_eos = torch.where(text == self.eos_id, places, text.shape[1]).amin(1)
         first_mask = torch.where(text == self.mask_id, places, text.shape[1]).amin(1)
         return first_eos < first_mask
-
-    def fill_ended(self, last: int, ended: Tensor) -> None:
-        """Rows that have ended get the end of sequence in all columns from ``last`` on: nothing there is masked now."""
-        rest = self.x[:, last:]
-        rest.copy_(torch.where(ended[:, None], self.eos_id, rest))
 
     def end_rows(self, last: int) -> Tensor:
         """bool [B]: rows that have ended before column ``last`` (:meth:`ended`). Everything after a row's first end of
