@@ -7,6 +7,13 @@ from genfast.samplers.table import SAMPLERS
 from genfast.samplers.text import (
     TextSample,
     TextState,
+    generate_block_diffusion,
+    generate_dream,
+    generate_fast_dllm,
+    generate_llada,
+)
+    TextSample,
+    TextState,
     generate_dream,
     generate_fast_dllm,
     generate_llada,
@@ -20,6 +27,7 @@ __all__ = [
     "TextSample",
     "TextState",
     "Trajectory",
+    "generate_block_diffusion",
     "generate_dream",
     "generate_fast_dllm",
     "generate_llada",
