@@ -105,12 +105,14 @@ def test_editing_is_llada2s(edit):
     for prompt in prompts(6, 8, 3, 5):
         for name in ("low_confidence_static", "low_confidence_dynamic"):
             options = dict(threshold=0.3, edit=edit, most=3)
-            expected = published(model, prompt, 13, 4, 2, name, **options)
             plain = published(model, prompt, 13, 4, 2, name, threshold=0.3)
+            model.calls = 0
+            expected = published(model, prompt, 13, 4, 2, name, **options)
+            calls = model.calls
             found = run(
                 model, prompt[None], steps=2, remasking=name, threshold=0.3, editing_threshold=edit, max_post_steps=3
             )
-            assert torch.equal(found.tokens, expected)
+            assert torch.equal(found.tokens, expected) and found.evaluations == calls
             assert torch.equal(found.tokens[0, : len(prompt)], prompt)
             replaced += int((expected != plain).sum())
     assert replaced > 0
@@ -222,6 +224,15 @@ def test_law_of_the_tokens():
     _, counts = code.unique(return_counts=True)
     assert len(counts) == 6
     assert float(((counts - 2000 / 6) ** 2 / (2000 / 6)).sum()) < 35.9  # 5 degrees
+
+
+def test_a_threshold_must_be_exceeded():
+    def model(ids, attention_mask=None, position_ids=None):
+        return torch.tensor([0.0, 0.0, -torch.inf]).expand(*ids.shape, -1)
+
+    for threshold, steps in ((0.5, 4), (0.4999, 1)):
+        found = run(model, 1, mask_id=2, gen_length=4, threshold=threshold, cache=False)
+        assert found.steps == steps
 
 
 def test_masks_and_caches():

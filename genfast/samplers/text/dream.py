@@ -144,12 +144,18 @@ def unmasking_steps(run: Run, first: int, last: int, times: np.ndarray) -> Tenso
     else:
         per_row = isinstance(run.seed, Tensor) and run.seed.dim() == 1
         ids = run.layout.row_ids(torch.arange(first, last, device=device), run.offset, per_row)
-        seed = run.seed[:, None] if per_row else torch.as_tensor(run.seed, device=device)
-        # Word 2, as for a random confidence: tokens are drawn with words 0 and 1.
-        word = philox_words(seed, ids & MASK, (ids >> 32) & MASK, torch.tensor(0, device=device))[2]
-        u = (word.double() + 0.5) * 2.0**-32
+        u = uniforms(run.seed, ids, 0)
     rising = torch.tensor(times[1:-1][::-1].copy(), dtype=torch.float64, device=device)
     return len(rising) - torch.searchsorted(rising, u, right=True)
+
+
+def uniforms(seed: int | Tensor, ids: Tensor, stream: int) -> Tensor:
+    """Uniform numbers in (0, 1), float64 [B, n], of positions by identity; a seed may be int64 [B]."""
+    seed = torch.as_tensor(seed, device=ids.device)
+    seed = seed[:, None] if seed.dim() else seed
+    # Word 2, as for a random confidence: tokens are drawn with words 0 and 1.
+    word = philox_words(seed, ids & MASK, (ids >> 32) & MASK, torch.tensor(stream, device=ids.device))[2]
+    return (word.double() + 0.5) * 2.0**-32
 
 
 def finish(run: Run, first: int, last: int) -> bool:
