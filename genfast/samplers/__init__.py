@@ -12,12 +12,6 @@ from genfast.samplers.text import (
     generate_fast_dllm,
     generate_llada,
 )
-    TextSample,
-    TextState,
-    generate_dream,
-    generate_fast_dllm,
-    generate_llada,
-)
 from genfast.samplers.trajectory import Trajectory
 
 __all__ = [

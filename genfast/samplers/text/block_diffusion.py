@@ -83,7 +83,8 @@ def generate_block_diffusion(
         editing_threshold: also replace a token already kept in the active block, the prompt's apart, if the new one
             differs and its probability exceeds this (LLaDA2.1). A full block is then revised until nothing changes, at
             most ``max_post_steps`` times. By default tokens kept stay.
-        eos_id: one or several; a row ends with the block that contains one, and is filled with (the first of) it.
+        eos_id: one or several: they end a row's text after the block that holds one; what follows it becomes the first
+            of them, and the run ends when every row has.
         cache: whether to keep keys and values of the decided blocks; else every step is a pass over the whole text.
         seed, generator, offset: see :class:`~genfast.samplers.text.run.Run`.
         progress, callback: a progress bar over blocks; called with a :class:`TextState` after every step, whose columns
@@ -241,14 +242,16 @@ class Decoder:
         return edited
 
     def end_rows(self, last: int, eos_ids: list[int]) -> bool:
-        """End the rows with one of ``eos_ids`` among what was generated before column ``last``: what follows is filled
-        with the first of them. Whether all rows have ended."""
+        """Whether all rows have ended: with one of ``eos_ids`` among what was generated before column ``last``.
+        Everything after a row's first one becomes the first of them, at the step that has just been made."""
         run = self.run
-        hit = torch.isin(run.x[:, :last], torch.tensor(eos_ids, device=run.x.device)) & self.own[:, :last]
-        new = (hit.any(1) & ~self.ended)[:, None]
-        run.x[:, last:] = torch.where(new, eos_ids[0], run.x[:, last:])
-        run.order[:, last:] = torch.where(new, run.step, run.order[:, last:])
-        self.ended |= new[:, 0]
+        stops = torch.isin(run.x, torch.tensor(eos_ids, device=run.x.device)) & self.own
+        stops[:, last:] = False
+        new = stops.any(1) & ~self.ended
+        after = (stops.cumsum(1) - stops.int() > 0) & new[:, None]
+        run.order.masked_fill_(after, run.step)
+        run.x.masked_fill_(after, eos_ids[0])
+        self.ended |= new
         return bool(self.ended.all())
 
 

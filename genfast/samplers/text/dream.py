@@ -60,8 +60,8 @@ def generate_dream(
             largest probability minus the second; ``"entropy"``, of sum p log p.
         alg_temp: above 0, draw positions from softmax(confidence / alg_temp) without replacement; not with
             ``"origin"``.
-        eos_id: a row is done when it holds this token and no mask before it; what is masked then becomes ``eos_id``,
-            and the run ends when every row is done. By default all positions are generated.
+        eos_id: ends a row's text: after the step that leaves no mask before it, the rest of the row becomes it, and the
+            run ends when every row has. By default all positions are generated.
         seed, generator, offset: see :class:`~genfast.samplers.text.run.Run`. With ``seed``, a row's tokens do not
             depend on its neighbours, nor on how a batch is split.
         progress, callback: a progress bar; called with a :class:`TextState` after every step.
@@ -118,7 +118,7 @@ def generate_dream(
             else:
                 chosen = (when == i) & run.masked(first, last)
                 run.commit(first, last, run.sample(output, first, last, chosen, **sample).tokens, chosen)
-            if eos_id is not None and finish(run, first, last):
+            if eos_id is not None and bool(run.end_rows(last).all()):
                 break
     return run.result()
 
@@ -156,13 +156,3 @@ def uniforms(seed: int | Tensor, ids: Tensor, stream: int) -> Tensor:
     # Word 2, as for a random confidence: tokens are drawn with words 0 and 1.
     word = philox_words(seed, ids & MASK, (ids >> 32) & MASK, torch.tensor(stream, device=ids.device))[2]
     return (word.double() + 0.5) * 2.0**-32
-
-
-def finish(run: Run, first: int, last: int) -> bool:
-    """Give the rows that have ended the end of sequence wherever they are still masked; whether no mask is left."""
-    block, masked = run.x[:, first:last], run.masked(first, last)
-    rest = masked & run.ended(last)[:, None]
-    block.copy_(torch.where(rest, run.eos_id, block))
-    order = run.order[:, first:last]
-    order.copy_(torch.where(rest, run.step, order))
-    return not bool((masked & ~rest).any())
