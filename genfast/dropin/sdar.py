@@ -26,11 +26,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from genfast.dropin.logit_filters import top_k_logits, top_p_logits
+from genfast.dropin.block_draws import fused_draw, probabilities, published_draw
 from genfast.ops import token_sampling as ops
 from genfast.ops.token_sampling import TokenSample
 from genfast.samplers.text.block_diffusion import Decoder, block_layout, strategy
-from genfast.samplers.text.cache import block_causal, positions
+from genfast.samplers.text.cache import Recomputed, positions
 from genfast.samplers.text.layout import Layout
 from genfast.samplers.text.output import Output
 from genfast.samplers.text.run import Run, even_counts
@@ -58,18 +58,6 @@ def sample_with_temperature_topk_topp(
     p = probabilities(logits, temperature, top_k, top_p)
     tokens = torch.multinomial(p, num_samples=1)
     return tokens.view(logits.shape[:-1]), p.gather(-1, tokens).view(logits.shape[:-1])
-
-
-def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """[B n, V], tempered and filtered."""
-    logits = logits.reshape(-1, logits.shape[-1])
-    if temperature not in (0, 1):
-        logits = logits / temperature
-    if top_k:
-        logits = top_k_logits(logits, top_k, -torch.inf)
-    if top_p is not None and top_p < 1:
-        logits = top_p_logits(logits, top_p, -torch.inf)
-    return logits.softmax(-1)
 
 
 @torch.no_grad()
@@ -150,27 +138,6 @@ def block_diffusion_generate(
     return run.x
 
 
-def fused_draw(run: Run, output: Output, first: int, last: int, where: Tensor, kind, temperature, top_k, top_p):
-    """Tokens and confidences by the kernel. It takes top-k of what top-p leaves, so top-k comes before it here."""
-    if temperature <= 0:
-        return run.sample(output, first, last, where, confidence=kind)
-    top_p = None if top_p is None or top_p >= 1 else max(top_p, 1e-15)
-    if top_k and top_p is not None:
-        output = Output(top_k_logits(output.logits, top_k, -torch.inf), first=output.first)
-        top_k = None
-    return run.sample(
-        output, first, last, where, temperature=temperature, top_k=top_k or None, top_p=top_p, confidence=kind
-    )
-
-
-def published_draw(logits: Tensor, kind: str | None, temperature: float, top_k: int, top_p: float) -> TokenSample:
-    """Tokens at all positions with torch's default generator, and their probabilities or negative entropies."""
-    p = probabilities(logits, temperature, top_k, top_p)
-    tokens = torch.multinomial(p, num_samples=1)
-    confidence = torch.special.xlogy(p, p).sum(-1) if kind == "entropy" else p.gather(-1, tokens)
-    return TokenSample(tokens.view(logits.shape[:-1]), confidence.float().view(logits.shape[:-1]))
-
-
 def cache():
     """What transformers keeps keys and values in; SDAR's model asks for it."""
     try:
@@ -182,11 +149,12 @@ def cache():
     return DynamicCache()
 
 
-class Stored:
+class Stored(Recomputed):
     """Logits of a block from a model that is told when to keep keys and values (``store_kv``)."""
 
     def __init__(self, run: Run, block_length: int, cache):
-        self.run, self.block_length, self.cache, self.length = run, block_length, cache, 0
+        super().__init__(run, block_length, lambda mask: mask[0].float())
+        self.cache, self.length = cache, 0
 
     def __call__(self, first: int, last: int) -> Output:
         if first > self.length:
@@ -196,11 +164,10 @@ class Stored:
 
     def call(self, first: int, last: int, *, store_kv: bool) -> Output:
         run = self.run
-        mask = block_causal(run.layout, first, last, self.block_length)[0].float()
         output, _ = run.evaluate(
             run.x[:, first:last],
             first=first,
-            attention_mask=mask,
+            attention_mask=self.mask(first, last),
             position_ids=positions(run.layout, first, last),
             past_key_values=self.cache,
             use_cache=True,

@@ -83,8 +83,8 @@ def generate_block_diffusion(
         editing_threshold: also replace a token already kept in the active block, the prompt's apart, if the new one
             differs and its probability exceeds this (LLaDA2.1). A full block is then revised until nothing changes, at
             most ``max_post_steps`` times. By default tokens kept stay.
-        eos_id: one or several: they end a row's text after the block that holds one; what follows it becomes the first
-            of them, and the run ends when every row has.
+        eos_id: one or several that end a row's text, after the step that leaves no mask before one, or the block with
+            editing; what follows becomes (the first of) them, and the run ends when every row has.
         cache: whether to keep keys and values of the decided blocks; else every step is a pass over the whole text.
         seed, generator, offset: see :class:`~genfast.samplers.text.run.Run`.
         progress, callback: a progress bar over blocks; called with a :class:`TextState` after every step, whose columns
@@ -129,14 +129,14 @@ def generate_block_diffusion(
         tails=tails,
         editing_threshold=editing_threshold,
         max_post_steps=max_post_steps,
+        eos_ids=[] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id),
     )
-    eos_ids = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
     with bar("generate_block_diffusion", blocks, progress) as advance:
         for k in range(blocks):
             first = layout.start + k * block_length
             decoder.block(first, first + block_length, k)
             advance()
-            if eos_ids and decoder.end_rows(first + block_length, eos_ids):
+            if eos_id is not None and bool(decoder.ended.all()):
                 break
     return gathered(run, asked)
 
@@ -180,6 +180,7 @@ class Decoder:
         select: options of :func:`genfast.select_transfer`.
         counts: the least number of positions to keep, step by step; the last one goes on.
         tails: int64 [B], how many columns of a row from the layout's start on are the prompt's.
+        eos_ids: ids that end a row; none, for a caller that looks itself and sets ``ended``.
     """
 
     def __init__(
@@ -193,7 +194,9 @@ class Decoder:
         tails: Tensor,
         editing_threshold: float | None = None,
         max_post_steps: int = 16,
+        eos_ids: Sequence[int] = (),
     ):
+        self.eos_ids = torch.tensor(list(eos_ids), dtype=torch.int64, device=run.x.device) if eos_ids else None
         self.run, self.logits, self.draw, self.select, self.counts = run, logits, draw, select, counts
         self.editing_threshold, self.max_post_steps = editing_threshold, max_post_steps
         self.own = torch.arange(run.x.shape[1], device=run.x.device) >= run.layout.start + tails[:, None]
@@ -210,7 +213,7 @@ class Decoder:
             masked = run.masked(first, last)
             full = ~masked.any(1)
             if self.editing_threshold is None:
-                alive &= ~full
+                alive &= ~(full | self.ended)
             else:
                 extra += full
                 alive &= extra <= self.max_post_steps
@@ -221,6 +224,10 @@ class Decoder:
             edited = self.step(first, last, masked & alive[:, None], alive, step)
             if edited is not None:
                 alive &= ~(full & ~edited.any(1))
+            elif self.eos_ids is not None:
+                self.end_rows(last)
+        if self.editing_threshold is not None and self.eos_ids is not None:
+            self.end_rows(last)
 
     def step(self, first: int, last: int, masked: Tensor, alive: Tensor, step: int) -> Tensor | None:
         """One pass over the block; where tokens were replaced, if that is done."""
@@ -241,18 +248,18 @@ class Decoder:
         run.commit(first, last, found.tokens, chosen | edited)
         return edited
 
-    def end_rows(self, last: int, eos_ids: list[int]) -> bool:
-        """Whether all rows have ended: with one of ``eos_ids`` among what was generated before column ``last``.
-        Everything after a row's first one becomes the first of them, at the step that has just been made."""
+    def end_rows(self, last: int) -> None:
+        """Rows end that hold one of ``eos_ids`` after the prompt and before column ``last``, and no mask before it.
+        Everything after the first one becomes the first of them, at the step that has just been made."""
         run = self.run
-        stops = torch.isin(run.x, torch.tensor(eos_ids, device=run.x.device)) & self.own
+        stops = torch.isin(run.x, self.eos_ids) & self.own
         stops[:, last:] = False
-        new = stops.any(1) & ~self.ended
-        after = (stops.cumsum(1) - stops.int() > 0) & new[:, None]
+        after = stops.cumsum(1) > 0
+        new = after.any(1) & ~self.ended & ~((run.x == run.mask_id) & self.own & ~after).any(1)
+        after = after & new[:, None] & ((stops.cumsum(1) > 1) | ~stops)
         run.order.masked_fill_(after, run.step)
-        run.x.masked_fill_(after, eos_ids[0])
+        run.x.masked_fill_(after, int(self.eos_ids[0]))
         self.ended |= new
-        return bool(self.ended.all())
 
 
 def gathered(run: Run, asked: Layout) -> TextSample:
