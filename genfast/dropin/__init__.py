@@ -8,6 +8,9 @@ module                   peer                         one line
 ``dropin.edm``           EDM (Karras et al. 2022)     ``from genfast.dropin.edm import edm_sampler``
 ``dropin.score_sde``     score_sde_pytorch            ``from genfast.dropin.score_sde import get_pc_sampler``
 ``dropin.flow_matching`` flow_matching, torchcfm      ``from genfast.dropin.flow_matching import ODESolver``
+``dropin.dream``         Dream (Ye et al. 2025)       ``from genfast.dropin.dream import diffusion_generate``
+``dropin.sdar``          SDAR (Cheng et al. 2025)     ``from genfast.dropin.sdar import block_diffusion_generate``
+``dropin.llada2``        LLaDA2.0 and 2.1             ``from genfast.dropin.llada2 import generate``
 ======================== ============================ =====================================================
 
 A peer is imported only when its drop-in is.
