@@ -199,6 +199,17 @@ def test_padding(alg):
         options = dict(alg=alg, temperature=temperature, attention_mask=attention_mask)
         expected, found = both(options, ids=ids)
         assert torch.equal(found, expected)
+    # The model is called as published.
+    seen = []
+
+    def spy(x, mask, places):
+        seen.append((mask, places))
+        return TinyLM()(x, mask, places)
+
+    Peer.generate(spy, ids, steps=1, max_new_tokens=2, alg=alg, attention_mask=attention_mask)
+    options = dict(steps=1, max_new_tokens=2, alg=alg, mask_token_id=MASK)
+    dream.diffusion_generate(spy, ids, attention_mask=attention_mask, **options)
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
     # With a seed, a row does not depend on its padding.
     options = dict(
         mask_token_id=MASK, alg=alg, temperature=0.7, max_new_tokens=12, steps=6, seed=torch.tensor([5, 6, 7])
@@ -292,6 +303,18 @@ def test_seeded_runs():
         a, b, c = (dream.diffusion_generate(TinyLM(), inputs(), seed=s, **options) for s in (1, 1, 2))
         assert torch.equal(a, b) and not torch.equal(a, c)
         assert torch.equal(torch.get_rng_state(), state)
+        # Every step draws anew: masks put back after each of them get other tokens.
+        texts = []
+
+        def again(step, x, logits, texts=texts):
+            texts.append(x)
+            return torch.where(torch.arange(x.shape[1]) < 5, x, MASK)
+
+        everything = {**options, "steps": 3, "eps": 1e-9, "temperature": 5.0}
+        dream.diffusion_generate(TinyLM(), inputs(), seed=1, generation_tokens_hook_func=again, **everything)
+        first, last = (torch.where(text == MASK, -1 - k, text) for k, text in enumerate(texts[2:]))
+        same = ((first == last)[:, 5:] & (first >= 0)[:, 5:]).sum() / ((first >= 0) & (last >= 0))[:, 5:].sum()
+        assert not same > 0.5
         seeds = torch.tensor([8, 9])
         same = dream.diffusion_generate(TinyLM(), inputs(1).expand(2, -1), seed=seeds, **options)
         swapped = dream.diffusion_generate(TinyLM(), inputs(1).expand(2, -1), seed=seeds.flip(0), **options)
@@ -342,6 +365,7 @@ def test_refusals():
         (dict(), ValueError, "mask_token_id"),
         (dict(mask_token_id=MASK, max_length=5), ValueError, "no room"),
         (dict(mask_token_id=MASK, max_new_tokens=5, alg="best"), ValueError, "alg must"),
+        (dict(mask_token_id=MASK, max_new_tokens=5, alg="entropy", alg_temp=-0.1), ValueError, "alg_temp"),
         (dict(mask_token_id=MASK, max_new_tokens=5, do_sample=True), TypeError, "do_sample"),
         (dict(mask_token_id=MASK, max_new_tokens=5, seed=1, compat=True), ValueError, "exclude"),
     ):

@@ -180,7 +180,7 @@ def test_stops():
         assert torch.equal(row, alone[0])
 
 
-@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("filters", [*FILTERS, {"top_k": 2, "top_p": 0.7}])
 def test_a_seeded_draw_is_of_the_filtered_distribution(filters):
     """Chi-square, at most 4 degrees, at 1e-6."""
     row = torch.tensor([0.3, -1.0, 1.2, 0.0, 2.0, -torch.inf])

@@ -95,6 +95,7 @@ def test_no_prompt_at_all():
     model = TinyLM()
     empty = torch.empty(0, dtype=torch.int64)
     assert torch.equal(run(model, 2).tokens[:1], published(model, empty, 13, 4, 4, "low_confidence_dynamic"))
+    assert run(model, []).tokens.shape == (0, 13) and run(model, 0).steps == 0
     assert run(model, prompts(5)[0][None], gen_length=0).tokens.tolist() == [prompts(5)[0].tolist()]
 
 
@@ -196,6 +197,13 @@ def test_early_stop():
     model.ends = [5, 13]
     found = run(model, rows[:2], gen_length=30, eos_id=[EOS, 1])
     assert found.evaluations < plain.evaluations and not (found.tokens[:, 6:] == MASK).any()
+    # Several ids: the one that came stays, what follows is the first of them.
+    found = run(model, rows[:2], gen_length=30, eos_id=[2, EOS])
+    for b, end in enumerate((5, 13)):
+        text = found.tokens[b, found.pad[b] :]
+        stop = int(torch.isin(text[len(rows[b]) :], torch.tensor([2, EOS])).nonzero()[0, 0]) + len(rows[b])
+        assert stop <= end and text[stop] in (2, EOS) and (text[stop + 1 :] == 2).all()
+        assert text[5] == EOS or b == 1
     # An end of sequence in the prompt ends nothing.
     prompt = rows[0].clone()
     prompt[-1] = EOS

@@ -199,6 +199,7 @@ def test_generator_and_progress_and_callback():
     assert [s for s, _ in seen] == list(range(1, found.steps + 1))
     assert [n for _, n in seen] == sorted((n for _, n in seen), reverse=True) and seen[-1][1] == 0
     assert run(model, rows, gen_length=0).tokens.shape == (2, 4)
+    assert run(model, []).tokens.shape == (0, 12) and run(model, 2, alg="entropy").tokens.shape == (2, 12)
 
 
 def test_refusals():

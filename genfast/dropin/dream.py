@@ -160,7 +160,7 @@ def diffusion_generate(
 
     Raises:
         TypeError: an unknown option.
-        ValueError: no mask id, an unknown ``alg``, or a length that leaves no room after the prompt.
+        ValueError: no mask id, an unknown ``alg``, a negative ``alg_temp``, or no room after the prompt.
     """
     if inputs is None:
         raise ValueError("inputs must be given: int64 [B, P]")
@@ -170,6 +170,8 @@ def diffusion_generate(
     config = _configured(model, generation_config, kwargs, inputs.shape[-1])
     if config["alg"] not in CONFIDENCES:
         raise ValueError(f"alg must be one of {', '.join(CONFIDENCES)}; got {config['alg']!r}")
+    if (config["alg_temp"] or 0.0) < 0:
+        raise ValueError(f"alg_temp must not be negative, got {config['alg_temp']}")
     pad_id, copies = config["pad_token_id"], config["num_return_sequences"]
     if attention_mask is None and pad_id is not None and bool((inputs == pad_id).any()):
         warnings.warn("the input holds padding and no attention_mask is given: rows will see their padding")
