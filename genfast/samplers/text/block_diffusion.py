@@ -98,7 +98,7 @@ def generate_block_diffusion(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or range; a model without a cache.
 
     Source: Cheng et al., "SDAR" (arXiv:2510.06303) and its generate.py; Bie et al., "LLaDA2.0" (arXiv:2512.15745) and
-    the ``generate`` of its models.
+    "LLaDA2.1" (arXiv:2602.08676), and the ``generate`` of their models.
     """
     for name, value in (("block_length", block_length), ("steps", steps), ("num_to_transfer", num_to_transfer)):
         missing = value is None and name != "block_length"
