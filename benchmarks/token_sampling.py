@@ -12,7 +12,7 @@ import functools
 import torch
 
 import genfast
-from benchmarks import token_generate, token_masking
+from benchmarks import token_generate, token_masking, token_transition
 from benchmarks.harness import Bar, Case, Peer, Plan, Settings
 from benchmarks.published_tokens import MASK_ID, backend_name, draw, greedy, nucleus
 from benchmarks.rotation import pool
@@ -22,8 +22,6 @@ ENTRIES, ROWS, BLOCK, LENGTH = 126464, 256, 32, 1024
 
 def plans(settings: Settings) -> list[Plan]:
     """The cases of the family, for the settings' device."""
-    from benchmarks import token_transition  # here, since it builds on this module
-
     device, quick = settings.device, settings.quick
     rows, entries = (16, 4096) if quick else (ROWS, ENTRIES)
     build = functools.partial(op_case, device, rows, entries, not quick)

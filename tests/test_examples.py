@@ -38,7 +38,7 @@ def test_samples_are_of_the_mixture(name, example, capsys):
     assert "spread" in capsys.readouterr().out
 
 
-CHAINS = {"with_llada": []}
+CHAINS = {"with_llada": [], "with_dream": [], "with_block_diffusion": []}
 
 
 @pytest.mark.parametrize("name", CHAINS)

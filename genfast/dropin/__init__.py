@@ -10,6 +10,9 @@ module                   peer                         one line
 ``dropin.flow_matching`` flow_matching, torchcfm      ``from genfast.dropin.flow_matching import ODESolver``
 ``dropin.llada``         LLaDA (Nie et al. 2025)      ``from genfast.dropin.llada import generate``
 ``dropin.fast_dllm``     Fast-dLLM (Wu et al. 2025)   ``from genfast.dropin.fast_dllm import generate_with_dual_cache``
+``dropin.dream``         Dream (Ye et al. 2025)       ``from genfast.dropin.dream import diffusion_generate``
+``dropin.sdar``          SDAR (Cheng et al. 2025)     ``from genfast.dropin.sdar import block_diffusion_generate``
+``dropin.llada2``        LLaDA2.0 and 2.1             ``from genfast.dropin.llada2 import generate``
 ======================== ============================ =====================================================
 
 A peer is imported only when its drop-in is.

@@ -4,7 +4,14 @@ from genfast.samplers.flow import reflow_pairs
 from genfast.samplers.sampler import Sampler, SamplerState, sample
 from genfast.samplers.schedules import noise_schedule
 from genfast.samplers.table import SAMPLERS
-from genfast.samplers.text import TextSample, TextState, generate_fast_dllm, generate_llada
+from genfast.samplers.text import (
+    TextSample,
+    TextState,
+    generate_block_diffusion,
+    generate_dream,
+    generate_fast_dllm,
+    generate_llada,
+)
 from genfast.samplers.trajectory import Trajectory
 
 __all__ = [
@@ -14,6 +21,8 @@ __all__ = [
     "TextSample",
     "TextState",
     "Trajectory",
+    "generate_block_diffusion",
+    "generate_dream",
     "generate_fast_dllm",
     "generate_llada",
     "noise_schedule",
