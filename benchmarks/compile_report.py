@@ -142,6 +142,7 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     from genfast.kernels.sampler_step import sampler_step
     from genfast.kernels.token_sampling import sample_tokens
     from genfast.kernels.token_transfer import commit_, select_transfer
+    from genfast.kernels.token_transition import discrete_transition
 
     for case in configurations.CASES:
         for dtypes in configurations.DTYPES:
@@ -156,6 +157,10 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
         yield name, "fp32", functools.partial(select_transfer, *args, **options)
     args, options = token_configurations.commit_arguments()
     yield "commit", "fp32", functools.partial(commit_, *args, **options)
+    for name in token_configurations.TRANSITIONS:
+        for dtype in token_configurations.DTYPES:
+            args, options = token_configurations.transition_arguments(name, dtype)
+            yield name, dtype, functools.partial(discrete_transition, *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):

@@ -23,6 +23,8 @@ MASK_ID = 126336
 
 def plans(settings: Settings) -> list[Plan]:
     """The cases of the family, for the settings' device."""
+    from benchmarks import token_transition  # here, since it builds on this module
+
     device, quick = settings.device, settings.quick
     rows, entries = (16, 4096) if quick else (ROWS, ENTRIES)
     build = functools.partial(op_case, device, rows, entries, not quick)
@@ -44,6 +46,7 @@ def plans(settings: Settings) -> list[Plan]:
             functools.partial(step_case, device, *((64, entries, 64) if quick else (LENGTH, entries, LENGTH)), 50),
         ),
         Plan("select", functools.partial(select_case, device)),
+        *token_transition.plans(settings),
     ]
 
 

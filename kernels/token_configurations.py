@@ -86,3 +86,40 @@ def commit_arguments(shape=(8, 1024), device: str = "meta") -> tuple[tuple, dict
     selected = torch.empty(shape, dtype=torch.bool, device=device)
     left, finished = ids[:, 0].clone(), selected[:, 0].clone()
     return (ids, ids.clone(), selected), dict(mask_id=5, eos_id=6, left=left, finished=finished)
+
+
+TRANSITIONS = {
+    "transition_jump": dict(),
+    "transition_jump_per_sequence": dict(a="tensor", b="tensor", seed="tensor", active=True, ids=True),
+    "transition_uniform": dict(law="uniform", mask_id=None),
+    "transition_uniform_per_sequence": dict(law="uniform", mask_id=None, a="tensor", b="tensor", seed="tensor"),
+    "transition_posterior": dict(law="posterior"),
+    "transition_posterior_top_p": dict(law="posterior", top_p=0.9, keep_crossing=False),
+    "transition_greedy": dict(law="posterior", temperature=0.0),
+    "transition_jump_gumbel": dict(noise=torch.float32, seed=None),
+    "transition_uniform_gumbel": dict(law="uniform", mask_id=None, noise=torch.float32, seed=None),
+    "transition_posterior_gumbel": dict(law="posterior", top_p=0.9, noise=torch.float64, seed=None),
+}
+
+
+def transition_arguments(name: str, dtype: str, shape=(8, 128, 50258), device: str = "meta") -> tuple[tuple, dict]:
+    """The arguments of a backend's ``discrete_transition`` for a case, uninitialised."""
+    given = dict(TRANSITIONS[name])
+    batch, length, _ = shape
+
+    def new(kind, shape=(batch,)):
+        return torch.empty(shape, dtype=kind, device=device)
+
+    options = dict(
+        law="jump", a=0.5, b=0.5, mask_id=50257, temperature=1.0, top_p=1.0, keep_crossing=True, active=None,
+        noise=None, seed=0, stream=0, offset=0, ids=None, out=new(torch.int64, shape[:2]), changed=new(torch.bool),
+    )  # fmt: skip
+    kinds = dict(a=torch.float64, b=torch.float64, seed=torch.int64)
+    options.update((k, new(kinds[k]) if v == "tensor" else v) for k, v in given.items())
+    if given.get("active"):
+        options["active"] = new(torch.bool, shape[:2])
+    if given.get("ids"):
+        options["ids"] = new(torch.int64, (batch * length,))
+    if options["noise"] is not None:
+        options["noise"] = new(options["noise"], shape)
+    return (new(torch.int64, shape[:2]), new(DTYPES[dtype], shape)), options

@@ -44,6 +44,12 @@ def test_the_transfer_kernels_on_every_target():
     assert {row.kernel for row in rows} == {"score_kernel", "rank_kernel", "decide_kernel", "commit_kernel"}
 
 
+def test_the_transition_kernel_on_every_target():
+    names = ("transition_jump", "transition_uniform", "transition_posterior_top_p")
+    rows = compile_without_spills(names, ["bf16"])
+    assert {row.kernel for row in rows} == {"transition_kernel"} and len(rows) == 3 * len(compile_report.TARGETS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", configurations.DTYPES)
 def test_every_configuration_on_every_target(dtypes):

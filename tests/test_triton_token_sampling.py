@@ -9,7 +9,7 @@ from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_inte
 
 import genfast
 from genfast.checks import token_sampling as checks
-from genfast.checks import token_transfer
+from genfast.checks import token_transfer, token_transition
 
 kernels = pytest.importorskip("genfast.kernels.token_sampling")
 LONG = [case for case in checks.cases() if case.shape[-1] > kernels.TILE]
@@ -54,6 +54,11 @@ class TestKernels:
     def test_transfer(self):
         with genfast.backend("triton"):
             assert [c.name for c in token_transfer.cases() if token_transfer.check(c, DEVICE) != (0, 0)] == []
+
+    def test_transition(self):
+        cases = token_transition.cases(quick=not HAS_GPU)
+        with genfast.backend("triton"):
+            assert [c.name for c in cases if token_transition.check(c, DEVICE) != (0, 0)] == []
 
     def test_cuda_graph(self):
         x = torch.randn(8, 4, 5000, device="cuda").bfloat16()

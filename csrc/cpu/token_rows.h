@@ -79,15 +79,18 @@ struct NaNs {
 #endif
 };
 
+// 2^r on [-1/2, 1/2].
+inline vf exp2_fraction(vf r) {
+  vf p = splat(kExp2P[6]);
+  for (int k = 5; k >= 0; k--) p = fma_exact(p, r, splat(kExp2P[k]));
+  return p;
+}
 // 2^(d c) as p 2^n, d <= 0; t is the exponent, not below kLowest.
 inline vf exp2_parts(vf d, vf c, vf& t, vi& n) {
   t = larger(d * c, splat(kExp2Lowest));
   const vf big = t + splat(kRoundToInteger);
-  const vf r = t - (big - splat(kRoundToInteger));
   n = as_int(big) - as_int(splat(kRoundToInteger));
-  vf p = splat(kExp2P[6]);
-  for (int k = 5; k >= 0; k--) p = fma_exact(p, r, splat(kExp2P[k]));
-  return p;
+  return exp2_fraction(t - (big - splat(kRoundToInteger)));
 }
 inline vf times_power(vf p, vi n) { return as_float(as_int(p) + (n << 23)); }
 
@@ -153,7 +156,17 @@ struct Row {
   const Filter* filter;
   const char* next = nullptr;  // the row that this thread reads after this one
 
-  bool plain() const { return !uncond && first_suppressed == last_suppressed && first_quiet == last_quiet && !filter; }
+  // Whether entries [first, first + n) are those in memory.
+  bool plain(int64_t first, int64_t n) const {
+    return !uncond && !filter && !holds(first_suppressed, last_suppressed, first, n) &&
+           !holds(first_quiet, last_quiet, first, n);
+  }
+
+  static bool holds(const int64_t* from, const int64_t* to, int64_t first, int64_t n) {
+    if (from == to) return false;
+    const int64_t* id = std::lower_bound(from, to, first);
+    return id != to && *id < first + n;
+  }
 
   void fill(int64_t first, int64_t n, float* to) const {
     load_run(data + first * size_of(dtype), dtype, n, to);
@@ -181,12 +194,11 @@ struct Row {
   // the row being -inf. body returns whether to go on.
   template <class Body>
   void tiles(const Body& body, int64_t from = 0) const {
-    const bool direct = plain();
     alignas(64) float buffer[kTile];
     for (int64_t first = from; first < size; first += kTile) {
       const int64_t n = std::min(kTile, size - first);
       bool more;
-      if (direct && n % kLanes == 0) {
+      if (n % kLanes == 0 && plain(first, n)) {
         const char* p = data + first * size_of(dtype);
         more = dtype == kFloat32    ? body(std::integral_constant<int, kFloat32>{}, p, first, n)
                : dtype == kBFloat16 ? body(std::integral_constant<int, kBFloat16>{}, p, first, n)
@@ -311,7 +323,37 @@ inline double exponential(float x, float m, float c) {
   return std::exp2(t);
 }
 
-inline int64_t draw(const Row& row, float m, float c, int bits, const std::vector<uint64_t>& ends, uint64_t target) {
+// What is taken off every weight: an entry has v - value where v > value, else nothing.
+struct Floor {
+  uint64_t value = 0;
+  float least = 1.0f;  // the least v that leaves something
+
+  Floor() = default;
+  explicit Floor(uint64_t off) : value(off), least((float)(off + 1)) {
+    if ((uint64_t)least < off + 1) least = std::nextafter(least, kInfinity);
+  }
+  uint64_t left(float v) const { return v >= least ? (uint64_t)v - value : 0; }
+};
+
+// The sum of what is left.
+struct FlooredSum {
+  WholeSum whole;
+  vi taken{};
+  void add(vf v, const Floor& floor) {
+    const vi more = v >= splat(floor.least);
+    whole.add((vf)((vi)v & more));
+    taken -= more;
+  }
+  uint64_t total(const Floor& floor) const {
+    uint64_t count = 0;
+    for (int k = 0; k < kLanes; k++) count += (uint64_t)taken[k];
+    return whole.total() - count * floor.value;
+  }
+};
+
+// The entry whose running sum is the first to exceed `target`, `ends` being the sums at the end of each tile.
+inline int64_t draw(const Row& row, float m, float c, int bits, const std::vector<uint64_t>& ends, uint64_t target,
+                    const Floor& floor = Floor()) {
   const int64_t tile = std::upper_bound(ends.begin(), ends.end(), target) - ends.begin();
   uint64_t left = target - (tile ? ends[tile - 1] : 0);
   int64_t found = -1;
@@ -321,19 +363,19 @@ inline int64_t draw(const Row& row, float m, float c, int bits, const std::vecto
         for (int64_t from = 0; from < n; from += kChunk) {
           const int64_t to = std::min(n, from + kChunk);
           alignas(64) float v[kChunk];
-          WholeSum whole;
+          FlooredSum chunk;
           for (int64_t i = from; i < to; i += kLanes) {
             const vf x = weight(load_logits<dt>(p, i) - splat(m), splat(c), exponent);
-            whole.add(x);
+            chunk.add(x, floor);
             store(v + i - from, x);
           }
-          const uint64_t sum = whole.total();
+          const uint64_t sum = chunk.total(floor);
           if (left >= sum) {
             left -= sum;
             continue;
           }
           for (int64_t i = from; i < to; i++) {
-            const uint64_t w = (uint64_t)v[i - from];
+            const uint64_t w = floor.left(v[i - from]);
             if (left < w) {
               found = first + i;
               return false;

@@ -68,11 +68,11 @@ def _check_ids(name: str, low: int, high: int, size: int) -> None:
         raise ValueError(f"{name} is out of range: {low} to {high} for {size} entries")
 
 
-def uniform(shape, generator, device) -> Tensor:
+def uniform(shape, generator, device, dtype=torch.float64) -> Tensor:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     where = generator.device if generator is not None else device
-    return torch.rand(shape, generator=generator, device=where, dtype=torch.float64).to(device)
+    return torch.rand(shape, generator=generator, device=where, dtype=dtype).to(device)
 
 
 def checked_seed(seed, batch: int, device):

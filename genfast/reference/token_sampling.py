@@ -48,16 +48,20 @@ def scale(temperature: Tensor | float) -> Tensor | float:
     return float(np.float32(min(LOG2_E / temperature, 1e30))) if temperature else 0.0
 
 
-def weights(logits: Tensor, largest: Tensor, c: Tensor, bits: int) -> Tensor:
-    """v, int64, of float32 logits [R, V], the largest of each row [R, 1] and c, broadcast to them."""
-    t = ((logits - largest) * c).clamp_min(LOWEST)
-    k = torch.round(t)  # to even
-    r = t - k
+def exp2_fraction(r: Tensor) -> Tensor:
+    """2^r for float32 r on [-1/2, 1/2], by the polynomial."""
     p = torch.full_like(r, EXP2_P[-1])
     for coefficient in EXP2_P[-2::-1]:
         # The product of two float32 is exact in float64: one rounding remains, as in a fused multiply-add.
         p = (p.double() * r.double() + coefficient).float()
-    return torch.ldexp(p.double(), k.double() + bits).long()
+    return p
+
+
+def weights(logits: Tensor, largest: Tensor, c: Tensor, bits: int) -> Tensor:
+    """v, int64, of float32 logits [R, V], the largest of each row [R, 1] and c, broadcast to them."""
+    t = ((logits - largest) * c).clamp_min(LOWEST)
+    k = torch.round(t)  # to even
+    return torch.ldexp(exp2_fraction(t - k).double(), k.double() + bits).long()
 
 
 def row_words(
