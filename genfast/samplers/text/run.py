@@ -109,10 +109,12 @@ class Run:
 
     def sample(self, output: Output, first: int, last: int, where: Tensor | None = None, **options):
         """A :class:`genfast.TokenSample` [B, last - first] with this step's numbers; see :meth:`Output.sample`."""
+        return output.sample(first, last, where, self.ids(first, last), **options, **self.randomness)
+
+    def ids(self, first: int, last: int) -> Tensor:
+        """Identities [B, last - first] of positions: :meth:`Layout.row_ids`."""
         per_row = isinstance(self.seed, Tensor) and self.seed.dim() == 1
-        columns = torch.arange(first, last, device=self.x.device)
-        ids = self.layout.row_ids(columns, self.offset, per_row)
-        return output.sample(first, last, where, ids, **options, **self.randomness)
+        return self.layout.row_ids(torch.arange(first, last, device=self.x.device), self.offset, per_row)
 
     def select(self, confidence: Tensor, candidates: Tensor, n=1, **options) -> Tensor:
         """:func:`genfast.select_transfer` with this step's numbers.
