@@ -4,6 +4,18 @@ A model is called as ``model(ids)`` with ids int64 [B, L] (and ``attention_mask`
 answers with logits [B, L, V], an object with ``logits``, or a tuple that begins with them.
 """
 
+from genfast.samplers.text.bd3lm import generate_bd3lm
+from genfast.samplers.text.mdlm import generate_mdlm
+from genfast.samplers.text.noise import GeometricNoise, LogLinearNoise
 from genfast.samplers.text.run import TextSample, TextState
+from genfast.samplers.text.sedd import generate_sedd
 
-__all__ = ["TextSample", "TextState"]
+__all__ = [
+    "GeometricNoise",
+    "LogLinearNoise",
+    "TextSample",
+    "TextState",
+    "generate_bd3lm",
+    "generate_mdlm",
+    "generate_sedd",
+]
