@@ -132,14 +132,8 @@ def generate_bd3lm(
                 _first_hitting(run, source, first, last, draw)
             else:
                 _ancestral(run, source, first, last, stay, draw)
-            if (
-                last < total
-                and eos_id is not None
-                and bool(_finish(run, last, eos_id, min_entropy, entropy_window).all())
-            ):
+            if eos_id is not None and bool(_finish(run, last, eos_id, min_entropy, entropy_window).all()):
                 break
-        if eos_id is not None:
-            _finish(run, last if total > begin else total, eos_id, min_entropy, entropy_window)
     return layout.padded(run)
 
 
@@ -220,7 +214,9 @@ def _finish(run: Run, last: int, eos_id: int, min_entropy: float | None, window:
         poor &= (cut > last) & (run.layout.ends <= last) & (last <= run.layout.last)
         cut = torch.where(poor, (last - window) * torch.ones_like(cut), cut).maximum(run.layout.ends)
     done = (cut < run.x.shape[1]) | (last >= run.layout.last)
-    run.x.copy_(torch.where(places >= cut[:, None], eos_id, run.x))
+    after = (places >= cut[:, None]) & (run.x != eos_id)
+    run.order.masked_fill_(after, run.step)
+    run.x.masked_fill_(after, eos_id)
     return done
 
 
