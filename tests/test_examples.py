@@ -18,7 +18,7 @@ def example(monkeypatch):
 
 
 def test_every_example_is_tested():
-    assert {p.stem for p in EXAMPLES.glob("with_*.py")} == {*MIXTURES, "with_diffusers"}
+    assert {p.stem for p in EXAMPLES.glob("with_*.py")} == {*MIXTURES, "with_diffusers", "with_sedd"}
 
 
 MIXTURES = {
@@ -51,3 +51,10 @@ def test_diffusers(example, capsys):
     found = example("with_diffusers").main(["--steps", "5", "--scheduler", "EulerDiscreteScheduler"])
     assert found["difference"] < 1e-3 and found["ratio"] > 0
     assert "EulerDiscreteScheduler.step" in capsys.readouterr().out
+
+
+def test_text_of_exact_scores(example, capsys):
+    found = example("with_sedd").main(["--steps", "32"])
+    # 18400 pairs of letters: about 0.01 of it is chance, as much the bias of 32 steps.
+    assert all(distance < 0.03 for distance in found.values()) and len(found) == 3
+    assert "distance of pairs" in capsys.readouterr().out

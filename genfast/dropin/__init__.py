@@ -8,6 +8,9 @@ module                   peer                         one line
 ``dropin.edm``           EDM (Karras et al. 2022)     ``from genfast.dropin.edm import edm_sampler``
 ``dropin.score_sde``     score_sde_pytorch            ``from genfast.dropin.score_sde import get_pc_sampler``
 ``dropin.flow_matching`` flow_matching, torchcfm      ``from genfast.dropin.flow_matching import ODESolver``
+``dropin.sedd``          SEDD (Lou et al. 2023)       ``from genfast.dropin.sedd import get_pc_sampler``
+``dropin.mdlm``          MDLM (Sahoo et al. 2024)     ``Diffusion._sample = genfast.dropin.mdlm._sample``
+``dropin.bd3lm``         BD3-LM (Arriola et al. 2025) ``from genfast.dropin.bd3lm import _semi_ar_sampler``
 ======================== ============================ =====================================================
 
 A peer is imported only when its drop-in is.
