@@ -66,7 +66,7 @@ def test_a_generator_gives_the_published_tokens(graph, predictor, noise):
 
 @cases
 def test_joint_law_of_the_samples(graph, predictor):
-    """30000 samples of four steps, exact scores: the law of the chain with the published weights."""
+    """30000 samples of two steps, exact scores: the law of the chain with the published weights."""
     scores = JOINT.absorb_scores if graph == "absorb" else JOINT.uniform_scores
     noise, eps = "loglinear", 0.02
     if graph == "absorb":
@@ -79,12 +79,12 @@ def test_joint_law_of_the_samples(graph, predictor):
     def step(rule, amount, sigma):
         return lambda x: sedd_weights(x, scores(x, torch.full((len(x),), sigma)), graph, rule, amount)
 
-    law = chain(JOINT, start, [step(*move) for move in plan(predictor, noise, 4, eps, True)])
+    law = chain(JOINT, start, [step(*move) for move in plan(predictor, noise, 2, eps, True)])
     got = genfast.generate_sedd(
         scores,
         30000,
         length=3,
-        steps=4,
+        steps=2,
         predictor=predictor,
         eps=eps,
         seed=5,
