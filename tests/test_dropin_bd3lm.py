@@ -186,6 +186,8 @@ def test_rows_of_a_batch(first_hitting, cache):
     assert torch.equal(run(2, seed=5, offset=1), whole[1:3]) and not (whole == MASK).any()
     assert not torch.equal(whole[0], whole[1]) and (whole[:, 0] == 0).all()
     assert not (run(3) == MASK).any()
+    drawn = [run(2, seed=torch.Generator().manual_seed(n)) for n in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """MDLM's published names on a stand-in for its class, against the formulas written out."""
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -89,6 +90,19 @@ def test_seeded_in_the_kernel_rows_do_not_depend_on_the_batch(sampler):
     whole = ours._sample(Diffusion(Mixer(SIZE), sampler, batch=4), seed=3)
     part = ours._sample(Diffusion(Mixer(SIZE), sampler, batch=2), seed=3, offset=1)
     assert torch.equal(part, whole[1:3])
+
+
+def test_in_the_place_of_the_published_methods():
+    class Patched(Diffusion):
+        _sample = functools.partialmethod(ours._sample, seed=torch.default_generator)
+        sample_subs_guidance = ours.sample_subs_guidance
+
+    diffusion = Patched(Mixer(SIZE))
+    torch.manual_seed(0)
+    first, second = diffusion._sample(num_steps=4, eps=1e-5), diffusion._sample(num_steps=4)
+    torch.manual_seed(0)
+    assert torch.equal(diffusion._sample(num_steps=4), first) and not torch.equal(first, second)
+    assert len(diffusion.sample_subs_guidance(n_samples=1, stride_length=2, num_strides=1, dt=0.5)) == 3
 
 
 def test_caching_saves_calls():

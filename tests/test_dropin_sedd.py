@@ -76,6 +76,10 @@ def test_seeded_in_the_kernel_it_is_generate_sedd(graph):
     assert torch.equal(whole, genfast.generate_sedd(model, 4, length=9, steps=6, seed=3, **own).tokens)
     part = ours.get_pc_sampler(GRAPHS[graph](), ours.LogLinearNoise(), (2, 9), "analytic", 6, seed=3, offset=1)
     assert torch.equal(part(model), whole[1:3])
+    fresh = ours.get_pc_sampler(
+        GRAPHS[graph](), ours.LogLinearNoise(), (4, 9), "euler", 2, seed=torch.Generator().manual_seed(1)
+    )
+    assert not torch.equal(fresh(model), fresh(model))
     seeds = torch.tensor([3, 5])
     rows = ours.get_pc_sampler(GRAPHS[graph](), ours.LogLinearNoise(), (2, 9), "analytic", 6, seed=seeds)
     assert torch.equal(rows(model)[:1], whole[:1])

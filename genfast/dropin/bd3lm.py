@@ -3,7 +3,9 @@
 The functions take the published object first, under the published names and in the published order of arguments, so
 that they can stand in for its methods::
 
-    Diffusion._semi_ar_sampler = genfast.dropin.bd3lm._semi_ar_sampler
+    from genfast.dropin import bd3lm
+    Diffusion._semi_ar_sampler = bd3lm._semi_ar_sampler  # or, drawing in the kernels:
+    Diffusion._semi_ar_sampler = functools.partialmethod(bd3lm._semi_ar_sampler, seed=torch.default_generator)
 
 They use its ``backbone`` (with its own cache of keys and values: ``reset_kv_cache``, ``store_kv``), ``noise``,
 ``mask_index``, ``block_size``, ``_process_sigma``, ``_sigma_from_p``, ``forward`` (where the algorithm is not
@@ -33,7 +35,7 @@ import torch
 from torch import Tensor
 
 from genfast.dropin.sedd import sample_categorical as _sample_categorical
-from genfast.dropin.subs import Prediction, logits_of, published_noise, staying, step
+from genfast.dropin.subs import Prediction, logits_of, one_seed, published_noise, staying, step
 from genfast.ops.token_transfer import select_transfer
 from genfast.samplers.text.bd3lm import entropy
 from genfast.samplers.text.transition import row_numbers
@@ -167,7 +169,7 @@ def _semi_ar_sampler(
     seqlen: int,
     context_size: int = 1024,
     *,
-    seed: int | Tensor | None = None,
+    seed: int | Tensor | torch.Generator | None = None,
     offset: int = 0,
     compat: bool = False,
 ) -> tuple[Tensor | None, int | None]:
@@ -181,10 +183,10 @@ def _semi_ar_sampler(
         num_steps: of a block; with first hitting at least ``block_size``.
         seqlen: not used, as published.
         context_size: how many columns the model sees at most.
-        seed, offset: draw inside the kernels.
+        seed, offset: draw inside the kernels. Of a generator a seed is drawn at every call.
         compat: see the module.
     """
-    options, size = self.config.sampling, self.block_size
+    options, size, seed = self.config.sampling, self.block_size, one_seed(seed)
     # MDLM in this code base slides half a window of 1024.
     sliding = self.config.algo.name == "mdlm" and self.config.model.length > size
     new = 512 if sliding else size

@@ -3,8 +3,9 @@
 The functions take the published object first, under the published names and in the published order of arguments, so
 that they can stand in for its methods::
 
-    Diffusion._sample = genfast.dropin.mdlm._sample
-    Diffusion.sample_subs_guidance = genfast.dropin.mdlm.sample_subs_guidance
+    from genfast.dropin import mdlm
+    Diffusion._sample = mdlm._sample  # or, drawing in the kernels:
+    Diffusion._sample = functools.partialmethod(mdlm._sample, seed=torch.default_generator)
 
 They use its ``backbone``, ``noise``, ``mask_index``, ``parameterization``, ``_process_sigma``, ``forward`` (where the
 parameterisation is not ``"subs"``), ``time_conditioning``, ``sampler``, ``config`` and ``tokenizer`` where the
@@ -25,7 +26,16 @@ import torch
 from torch import Tensor
 
 from genfast.dropin.sedd import sample_categorical as _sample_categorical
-from genfast.dropin.subs import Prediction, likeliest, log_probabilities, logits_of, published_noise, staying, step
+from genfast.dropin.subs import (
+    Prediction,
+    likeliest,
+    log_probabilities,
+    logits_of,
+    one_seed,
+    published_noise,
+    staying,
+    step,
+)
 from genfast.ops.token_transition import Transition, discrete_transition
 
 __all__ = [
@@ -171,7 +181,7 @@ def _sample(
     num_steps: int | None = None,
     eps: float = 1e-5,
     *,
-    seed: int | Tensor | None = None,
+    seed: int | Tensor | torch.Generator | None = None,
     offset: int = 0,
     compat: bool = False,
 ) -> Tensor:
@@ -181,10 +191,10 @@ def _sample(
     still masked at ``eps`` takes its likeliest token (of ``"analytic"``, a draw).
 
     Args:
-        seed, offset: draw inside the kernels; the step is the stream.
+        seed, offset: draw inside the kernels; the step is the stream. Of a generator a seed is drawn at every call.
         compat: see the module.
     """
-    batch = self.config.loader.eval_batch_size
+    batch, seed = self.config.loader.eval_batch_size, one_seed(seed)
     if self.parameterization == "ar":
         return self._ar_sampler(batch)
     steps = self.config.sampling.steps if num_steps is None else num_steps
@@ -223,11 +233,15 @@ def sample_subs_guidance(
     num_strides: int,
     dt: float = 0.001,
     *,
-    seed: int | Tensor | None = None,
+    seed: int | Tensor | torch.Generator | None = None,
     offset: int = 0,
     compat: bool = False,
 ):
     """Semi-autoregressive text: windows of ``config.model.length``, each ``stride_length`` columns past the last.
+
+    Args:
+        dt: the step; a window takes 1 / dt of them.
+        seed, offset, compat: as for :func:`_sample`.
 
     Returns:
         (steps that changed something, the texts after every stride, decoded, and their lengths up to the first end
@@ -235,6 +249,7 @@ def sample_subs_guidance(
     """
     ones = torch.ones(n_samples, dtype=self.dtype, device=self.device)
     num_steps, sampling_steps, pieces, kept = int(1 / dt), 0, [], None
+    seed = one_seed(seed)
     for stride in range(num_strides + 1):
         x = _sample_prior(self, n_samples, self.config.model.length).to(self.device)
         if kept is not None:

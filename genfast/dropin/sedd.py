@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.dropin.subs import one_seed
 from genfast.ops._checks import LOGIT_DTYPES
 from genfast.ops.token_transition import discrete_transition
 from genfast.samplers.text.transition import uniform_tokens
@@ -502,7 +503,7 @@ def get_pc_sampler(
     device="cpu",
     proj_fun: Callable = lambda x: x,
     *,
-    seed: int | Tensor | None = None,
+    seed: int | Tensor | torch.Generator | None = None,
     offset: int = 0,
 ) -> Callable:
     """``pc_sampler(model)``: ``steps`` reverse steps from pure noise to time ``eps``, and one that takes out the rest.
@@ -512,26 +513,28 @@ def get_pc_sampler(
         batch_dims: (B, L).
         predictor: a registered name.
         proj_fun: applied to x before every step (not after the last, as published): tokens that are known.
-        seed, offset: draw inside the kernels, see :func:`genfast.discrete_transition`; the step is the stream.
+        seed, offset: draw inside the kernels, see :func:`genfast.discrete_transition`; the step is the stream. Of a
+            generator a seed is drawn at every call of the sampler.
     """
     predict = get_predictor(predictor)(graph, noise)
     denoiser = Denoiser(graph, noise)
 
     @torch.no_grad()
     def pc_sampler(model):
+        chosen = one_seed(seed)
         score_fn = get_score_fn(model, train=False, sampling=True)
-        if seed is None or graph.absorb:
+        if chosen is None or graph.absorb:
             x = graph.sample_limit(*batch_dims).to(device)
         else:
             rows = torch.arange(batch_dims[0], device=device) + offset
-            rows = torch.full_like(rows, offset) if isinstance(seed, Tensor) and seed.dim() == 1 else rows
+            rows = torch.full_like(rows, offset) if isinstance(chosen, Tensor) and chosen.dim() == 1 else rows
             places = torch.arange(batch_dims[1], device=device)
-            x = uniform_tokens(seed, (rows[:, None] << 32) | places, graph.dim)
+            x = uniform_tokens(chosen, (rows[:, None] << 32) | places, graph.dim)
         timesteps = torch.linspace(1, eps, steps + 1, device=device)
         dt = (1 - eps) / steps
 
         def randomness(i):
-            return {} if seed is None else dict(seed=seed, stream=i, offset=offset)
+            return {} if chosen is None else dict(seed=chosen, stream=i, offset=offset)
 
         for i in range(steps):
             t = timesteps[i] * torch.ones(x.shape[0], 1, device=device)

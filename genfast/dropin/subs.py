@@ -1,4 +1,4 @@
-"""What the drop-ins of MDLM and BD3-LM share: a model's answer kept as logits, and a step made of it."""
+"""What the drop-ins of SEDD, MDLM and BD3-LM share: seeds; a model's answer kept as logits, and a step made of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 from genfast.ops.token_transition import Transition, discrete_transition
+
+
+def one_seed(seed: int | Tensor | torch.Generator | None) -> int | Tensor | None:
+    """The seed of a run: as it is, or drawn from a generator."""
+    if not isinstance(seed, torch.Generator):
+        return seed
+    return int(torch.randint(-(2**63), 2**63 - 1, (), generator=seed, device=seed.device))
 
 
 class Prediction:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genfast.ops.token_transition import discrete_transition
-from genfast.random import MASK, mul_hi_lo, philox_words
+from genfast.random import MASK, mul_hi_lo, philox_words, signed64
 from genfast.samplers.text.layout import Layout
 from genfast.samplers.text.run import Run
 
@@ -60,6 +60,7 @@ def transition(
 
 
 def _words(seed: int | Tensor, ids: Tensor, stream: int) -> tuple[Tensor, ...]:
+    seed = signed64(seed) if isinstance(seed, int) else seed
     seed = torch.as_tensor(seed, dtype=torch.int64, device=ids.device)
     return philox_words(seed.reshape(-1, 1), ids & MASK, ids >> 32, torch.tensor(stream, device=ids.device))
 
