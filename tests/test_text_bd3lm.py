@@ -64,7 +64,7 @@ styles = pytest.mark.parametrize("style", STYLES, ids=["first_hitting", "ancestr
 
 @styles
 @pytest.mark.parametrize("kind", ["object", "tuple"])
-@pytest.mark.parametrize("prompt", [1, 4, 6, 13])
+@pytest.mark.parametrize("prompt", [1, 4, 6])
 def test_cached_is_uncached(style, kind, prompt):
     prompt = torch.randint(0, 11, (3, prompt), generator=torch.Generator().manual_seed(prompt))
     model = Blockwise(kind=kind)
@@ -94,13 +94,13 @@ def joint_model(ids, **_):
 
 
 def test_first_hitting_draws_from_the_joint_distribution():
-    """30000 samples of two blocks: exact conditionals make the law exact."""
-    got = genfast.generate_bd3lm(joint_model, 30000, length=4, block_size=2, mask_id=2, cache=False, seed=3)
+    """15000 samples of two blocks: exact conditionals make the law exact."""
+    got = genfast.generate_bd3lm(joint_model, 15000, length=4, block_size=2, mask_id=2, cache=False, seed=3)
     chi_square(torch.bincount(JOINT.index(got.tokens, 2), minlength=16), JOINT.p)
 
 
 def test_law_of_ancestral_sampling():
-    """30000 samples of one block in three steps: the law of the chain, whose last step leaves no mask."""
+    """15000 samples of one block in three steps: the law of the chain, whose last step leaves no mask."""
 
     def step(t):
         return lambda x: mdlm_weights(x, JOINT.logits(x), t, t - 1 / 3, 2)
@@ -108,7 +108,7 @@ def test_law_of_ancestral_sampling():
     states = JOINT.states
     law = chain(JOINT, (states, (states == 2).all(1).double()), [step(1), step(2 / 3), step(1 / 3)])
     got = genfast.generate_bd3lm(
-        joint_model, 30000, length=4, block_size=4, mask_id=2, cache=False, seed=3, first_hitting=False, steps=3
+        joint_model, 15000, length=4, block_size=4, mask_id=2, cache=False, seed=3, first_hitting=False, steps=3
     )
     law = law.clamp_min(0) * (states != 2).all(1)  # 1/3 - 1/3 is rounded
     chi_square(torch.bincount(JOINT.index(got.tokens), minlength=len(states)), law)
