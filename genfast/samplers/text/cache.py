@@ -6,6 +6,8 @@ A cache is an object that grows in place and has ``crop(length)`` (``DynamicCach
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,14 +46,20 @@ def positions(layout: Layout, first: int, last: int) -> Tensor:
 
 
 class Recomputed:
-    """Logits of a block from a pass over everything up to its end."""
+    """Logits of a block from a pass over everything up to its end.
 
-    def __init__(self, run: Run, block_length: int):
-        self.run, self.block_length = run, block_length
+    Args:
+        form: what the model takes in place of :func:`block_causal`'s mask.
+    """
+
+    def __init__(self, run: Run, block_length: int, form: Callable[[Tensor], Tensor] = lambda mask: mask):
+        self.run, self.block_length, self.form = run, block_length, form
+
+    def mask(self, first: int, last: int) -> Tensor:
+        return self.form(block_causal(self.run.layout, first, last, self.block_length))
 
     def __call__(self, first: int, last: int) -> Output:
-        run = self.run
-        mask = block_causal(run.layout, 0, last, self.block_length)
+        run, mask = self.run, self.mask(0, last)
         output, _ = run.evaluate(run.x[:, :last], attention_mask=mask, position_ids=positions(run.layout, 0, last))
         return Output(output.logits[:, first:], first=first)
 
@@ -63,8 +71,8 @@ class Cached(Recomputed):
     keys and values of the block itself, which still changes, are dropped after every pass.
     """
 
-    def __init__(self, run: Run, block_length: int):
-        super().__init__(run, block_length)
+    def __init__(self, run: Run, block_length: int, form: Callable[[Tensor], Tensor] = lambda mask: mask):
+        super().__init__(run, block_length, form)
         self.cache, self.length = None, 0
 
     def __call__(self, first: int, last: int) -> Output:
@@ -72,7 +80,7 @@ class Cached(Recomputed):
         output, answer = run.evaluate(
             run.x[:, start:last],
             first=start,
-            attention_mask=block_causal(run.layout, start, last, self.block_length),
+            attention_mask=self.mask(start, last),
             position_ids=positions(run.layout, start, last),
             past_key_values=self.cache,
             use_cache=True,
