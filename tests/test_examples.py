@@ -53,8 +53,8 @@ def test_diffusers(example, capsys):
     assert "EulerDiscreteScheduler.step" in capsys.readouterr().out
 
 
-def test_text_of_exact_scores(example, capsys):
-    found = example("with_sedd").main(["--steps", "32"])
-    # 18400 pairs of letters: about 0.01 of it is chance, as much the bias of 32 steps.
-    assert all(distance < 0.03 for distance in found.values()) and len(found) == 3
-    assert "distance of pairs" in capsys.readouterr().out
+def test_sedd(example, capsys):
+    found = example("with_sedd").main([])
+    # 11500 pairs: sampling alone gives 0.011, 0.020 at the worst of 100 seeds.
+    assert found["error"] < 0.025
+    assert "pairs of letters" in capsys.readouterr().out
