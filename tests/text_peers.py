@@ -45,7 +45,7 @@ class Joint:
         stay = torch.exp(-sigma[0].double())
         kernel = stay * torch.eye(self.size, dtype=torch.float64) + (1 - stay) / self.size
         p = self.p.reshape((self.size,) * self.length)
-        for axis in range(self.length):
+        for _ in range(self.length):
             p = torch.tensordot(p, kernel, dims=([0], [0]))
         p, i = p.reshape(-1), self.index(x, self.size)
         place = self.size ** torch.arange(self.length - 1, -1, -1)
@@ -125,7 +125,7 @@ def chain(joint, start, steps):
 
 
 def chi_square(found, law):
-    """Whether counts [K] are of the law [K]: a false alarm once in 10^5 seeds (a normal bound of Wilson and Hilferty's).
+    """Assert that counts [K] are of the law [K]: a false alarm once in 10^5 seeds (Wilson and Hilferty's bound).
 
     Classes expected fewer than 5 times count as one.
     """

@@ -12,8 +12,9 @@ parameterisation is not ``"subs"``), ``time_conditioning``, ``sampler``, ``confi
 published ones do. A step with the SUBS parameterisation is one kernel over the backbone's logits at masked positions.
 
 Random numbers come from ``torch.rand`` in the published order, so that a seeded run in float32 gives the published
-tokens (but for ties within its rounding); with ``seed=`` they are drawn inside the kernel, which is what makes a step
-cheap, and a row's tokens then do not depend on its batch.
+tokens (but for ties within its rounding). With ``seed=`` they are drawn inside the kernel: that is what makes a step
+cheap, a row's tokens then do not depend on its batch, and tokens with a share below 1e-8 are drawn as often as they
+should be, which float32 noise cannot do.
 
 One oddity is corrected, and comes back with ``compat=True``: the published loop takes a state for unchanged, and keeps
 what the model said, where ``torch.allclose`` finds no difference. Of ids above 10^5 it misses a change by one.

@@ -6,8 +6,9 @@ predictor's update is one kernel over them: no scores, one-hots or probabilities
 user's own take the same steps in plain PyTorch.
 
 Random numbers come from ``torch.rand`` in the published order, so that a seeded run in float32 gives the published
-tokens (but for ties within its rounding); with ``seed=`` they are drawn inside the kernel, which is what makes a step
-cheap, and a row's tokens then do not depend on its batch.
+tokens (but for ties within its rounding). With ``seed=`` they are drawn inside the kernel: that is what makes a step
+cheap, a row's tokens then do not depend on its batch, and tokens with a share below 1e-8 are drawn as often as they
+should be, which float32 noise cannot do.
 """
 
 from __future__ import annotations

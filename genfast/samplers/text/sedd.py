@@ -64,7 +64,7 @@ def generate_sedd(
         eps: the time at which the steps end.
         given: int64 [B, length] or [length]: tokens of the generated part that are known, negative where none is. They
             are never changed (infilling).
-        prompt_lengths, pad_id: see :class:`genfast.samplers.text.layout.Layout`.
+        prompt_lengths, pad_id: see :class:`genfast.samplers.text.layout.Layout`; on the uniform graph padding is 0.
         seed, generator, offset: see :class:`genfast.samplers.text.run.Run`.
         device: where to work, by default where the prompt is.
         progress: show a progress bar (needs tqdm).
