@@ -16,8 +16,8 @@ from torch import Tensor
 
 import genfast
 from benchmarks.harness import Bar, Case, Peer, Plan, Settings
-from benchmarks.rotation import pool
 from benchmarks.published_tokens import backend_name
+from benchmarks.rotation import pool
 
 ENTRIES, SHAPE = 50258, (2, 128)
 AMOUNT, STAY = 0.02, 0.98

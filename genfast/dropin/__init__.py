@@ -13,6 +13,9 @@ module                   peer                         one line
 ``dropin.dream``         Dream (Ye et al. 2025)       ``from genfast.dropin.dream import diffusion_generate``
 ``dropin.sdar``          SDAR (Cheng et al. 2025)     ``from genfast.dropin.sdar import block_diffusion_generate``
 ``dropin.llada2``        LLaDA2.0 and 2.1             ``from genfast.dropin.llada2 import generate``
+``dropin.sedd``          SEDD (Lou et al. 2023)       ``from genfast.dropin.sedd import get_pc_sampler``
+``dropin.mdlm``          MDLM (Sahoo et al. 2024)     ``Diffusion._sample = genfast.dropin.mdlm._sample``
+``dropin.bd3lm``         BD3-LM (Arriola et al. 2025) ``from genfast.dropin.bd3lm import _semi_ar_sampler``
 ======================== ============================ =====================================================
 
 A peer is imported only when its drop-in is.
