@@ -26,6 +26,7 @@ def select_transfer(
     strategy: str = "top",
     threshold: float | None = None,
     low_threshold: float | None = None,
+    slack: float | None = None,
     strict: bool = False,
     factor: float | None = None,
     accept_last: bool = False,
@@ -55,6 +56,8 @@ def select_transfer(
             each contiguous stretch of masked positions if it reaches ``low_threshold`` (dInfer); ``"sequential"``, the
             first ``n``; ``"random"``, any ``n``.
         threshold, low_threshold, factor, bound: see ``strategy``.
+        slack: with ``"threshold"``, a row whose best position does not reach the threshold takes those within
+            ``slack`` of it: all with confidence >= min(``threshold``, best - ``slack``) (dInfer, with 1e-5).
         strict: thresholds must be exceeded, not reached.
         accept_last: with ``"factor"``, accept a row's last position though it alone fails, as the published code does.
         inclusive: with ``"entropy_bound"``, the sum with the position itself must be below ``bound`` (JetEngine).
@@ -72,7 +75,7 @@ def select_transfer(
             needs and that is missing.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling:
+    if not compiling and slack is None:
         # One native call for the plain case; everything else, and every error, goes through the checks below.
         result = select_path.run(
             confidence, mask, n, strategy, threshold, low_threshold, strict, factor, accept_last, bound, inclusive,
@@ -94,6 +97,8 @@ def select_transfer(
             raise ValueError(f"strategy {strategy!r} {verb} {name}")
         if value is not None and math.isnan(value):
             raise ValueError(f"{name} must be a number, got {value}")
+    if slack is not None and (strategy != "threshold" or not 0 <= slack < math.inf):
+        raise ValueError(f"slack must be a number of at least 0, and goes with strategy 'threshold'; got {slack}")
     if not 0 <= temperature <= LARGEST_TEMPERATURE:
         raise ValueError(f"temperature must be in [0, {LARGEST_TEMPERATURE:g}], got {temperature}")
     n, start, end = (
@@ -112,6 +117,7 @@ def select_transfer(
         0 if isinstance(n, Tensor) else n,
         strategy,
         *(0.0 if value is None else float(value) for value in given.values()),
+        None if slack is None else float(slack),
         bool(strict),
         bool(accept_last),
         bool(inclusive),
@@ -205,8 +211,8 @@ def _row_numbers(name: str, value, batch: int, device):
 
 
 def _select(
-    confidence, mask, n_tensor, n, strategy, threshold, low_threshold, factor, bound, strict, accept_last, inclusive,
-    start_tensor, start, end_tensor, end, temperature, seeds, seed, stream, offset,
+    confidence, mask, n_tensor, n, strategy, threshold, low_threshold, factor, bound, slack, strict, accept_last,
+    inclusive, start_tensor, start, end_tensor, end, temperature, seeds, seed, stream, offset,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(confidence.shape, dtype=torch.bool, device=confidence.device)
     name, function = choose(FAMILY, "select_transfer", confidence.device)
@@ -218,6 +224,7 @@ def _select(
             strategy=strategy,
             threshold=threshold,
             low_threshold=low_threshold,
+            slack=slack,
             strict=strict,
             factor=factor,
             accept_last=accept_last,
@@ -239,7 +246,7 @@ _select_op = torch.library.custom_op(
     _select,
     mutates_args=(),
     schema="(Tensor confidence, Tensor mask, Tensor? n_tensor, int n, str strategy, float threshold, "
-    "float low_threshold, float factor, float bound, bool strict, bool accept_last, bool inclusive, "
+    "float low_threshold, float factor, float bound, float? slack, bool strict, bool accept_last, bool inclusive, "
     "Tensor? start_tensor, int start, Tensor? end_tensor, int end, float temperature, Tensor? seeds, int? seed, "
     "int stream, int offset) -> Tensor",
 )
