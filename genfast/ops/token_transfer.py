@@ -10,7 +10,14 @@ from torch import Tensor
 from genfast import profiling
 from genfast._registry import export
 from genfast.backends import HotPath, choose
-from genfast.ops._checks import LARGEST_TEMPERATURE, check_counters, checked_seed, fresh_seed
+from genfast.ops._checks import (
+    LARGEST_TEMPERATURE,
+    check_counters,
+    checked_seed,
+    dense_rows,
+    fresh_seed,
+    row_numbers,
+)
 
 FAMILY = "token_sampling"
 select_path = HotPath(FAMILY, "select_transfer")
@@ -102,7 +109,7 @@ def select_transfer(
     if not 0 <= temperature <= LARGEST_TEMPERATURE:
         raise ValueError(f"temperature must be in [0, {LARGEST_TEMPERATURE:g}], got {temperature}")
     n, start, end = (
-        _row_numbers(name, value, batch, device)
+        row_numbers(name, value, batch, device)
         for name, value in (("n", n), ("start", start), ("end", length if end is None else end))
     )
     check_counters(stream, offset)
@@ -111,8 +118,8 @@ def select_transfer(
     elif strategy == "random" or temperature > 0:
         seed = fresh_seed()
     arguments = (
-        _dense_rows(confidence.detach().float()),
-        _dense_rows(mask),
+        dense_rows(confidence.detach().float()),
+        dense_rows(mask),
         n if isinstance(n, Tensor) else None,
         0 if isinstance(n, Tensor) else n,
         strategy,
@@ -190,23 +197,6 @@ def _check_rows(name: str, t, dtype, like: Tensor) -> None:
         raise ValueError(f"{name} is {list(t.shape)} on {t.device}; expected {list(like.shape)} on {like.device}")
 
 
-def _dense_rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
-def _row_numbers(name: str, value, batch: int, device):
-    """A whole number, or int64 [B] on the device."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() or value.dtype == torch.bool:
-            raise TypeError(f"{name} must be whole numbers, got {value.dtype}")
-        if value.dim() > 1 or value.numel() not in (1, batch) or value.device != device:
-            raise ValueError(f"{name} is {list(value.shape)} on {value.device}; expected [{batch}] on {device}")
-        return value.to(torch.int64).expand(batch).contiguous()
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number or a tensor of them, got {type(value).__name__}")
-    return value
-
-
 # --- torch.library ---------------------------------------------------------------------------------------------------
 
 
@@ -261,12 +251,12 @@ def _commit(x, tokens, selected, mask_id, eos_id):
     left = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     finished = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
     name, function = choose(FAMILY, "commit_", x.device)
-    target = _dense_rows(x)
+    target = dense_rows(x)
     with profiling.op_range(FAMILY, f"commit_[{name}]", *x.shape):
         function(
             target,
-            _dense_rows(tokens),
-            _dense_rows(selected),
+            dense_rows(tokens),
+            dense_rows(selected),
             mask_id=mask_id,
             eos_id=eos_id,
             left=left,
