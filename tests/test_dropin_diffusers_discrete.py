@@ -293,6 +293,27 @@ def test_a_seed_repeats_itself_and_steps_differ(name):
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("name", ["BlockRefinement", "DiscreteDDIM", "EntropyBound"])
+def test_blocks_of_one_pipeline_draw_other_numbers_and_its_next_run_the_same(name):
+    options = dict(temperature=1.0) if name != "EntropyBound" else {}
+    scheduler = genfast.accelerate(getattr(diffusers, f"{name}Scheduler")(), seed=1)
+
+    def run():
+        scheduler.set_timesteps(4)
+        blocks = []
+        for _ in range(3):
+            for t in range(3):  # a block may end before its last step
+                tokens = scheduler.step(logits_of(NOISE, t), t, NOISE, **options).sampled_tokens
+            blocks.append(tokens)
+        return torch.stack(blocks)
+
+    first = run()
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    assert torch.equal(first, run())
+    own = [scheduler.step(logits_of(NOISE, 1), 1, NOISE, seed=1, **options).sampled_tokens for _ in range(2)]
+    assert torch.equal(*own)  # a seed of the call is the caller's to change
+
+
 # --- what is left to the peer ----------------------------------------------------------------------------------------
 
 

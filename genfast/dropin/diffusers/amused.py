@@ -35,7 +35,7 @@ class AmusedScheduler(Discrete, diffusers.AmusedScheduler):
         seed: int | torch.Tensor | None = None,
     ) -> AmusedSchedulerOutput | tuple:
         """The peer's step; ``seed`` draws tokens and positions inside the kernels, in place of ``generator``."""
-        seed = check_seed(self, generator, seed)
+        given, seed = seed, check_seed(self, generator, seed)
         logits, ids = model_output, sample
         image = sample.ndim == 3 and model_output.ndim == 4
         if image:
@@ -49,7 +49,8 @@ class AmusedScheduler(Discrete, diffusers.AmusedScheduler):
             return super().step(model_output, timestep, sample, starting_mask_ratio, generator, return_dict)
 
         unknown = ids == self.config.mask_token_id
-        found = sample_tokens(logits, temperature=1.0, seed=seed, stream=step)
+        stream = self.stream(step, given)
+        found = sample_tokens(logits, temperature=1.0, seed=seed, stream=stream)
         predicted = torch.where(unknown, found.tokens, ids)
         x = predicted
         if step != 0:
@@ -58,7 +59,7 @@ class AmusedScheduler(Discrete, diffusers.AmusedScheduler):
             noise = self.host_values("temperatures")[HostTimesteps.of(self).places[step][0]]
             # A ranking by log p + noise x Gumbel: the best are kept.
             kept = select_transfer(
-                found.confidence.log(), unknown, masks - again, temperature=noise, seed=seed, stream=step
+                found.confidence.log(), unknown, masks - again, temperature=noise, seed=seed, stream=stream
             )
             x = torch.where(unknown & ~kept, self.config.mask_token_id, predicted)
         if image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_block_refinement import BlockRefinementSchedulerOutput
@@ -41,7 +43,7 @@ class BlockRefinementScheduler(Discrete, diffusers.BlockRefinementScheduler):
         seed: int | torch.Tensor | None = None,
     ) -> BlockRefinementSchedulerOutput | tuple:
         """The peer's step; ``seed`` draws tokens inside the kernel, in place of ``generator``."""
-        seed = check_seed(self, generator, seed)
+        given, seed = seed, check_seed(self, generator, seed)
         draws = temperature != 0 and sampling_method in ("auto", "multinomial")
         fused = takes(model_output, sample) and temperature >= 0
         if draws:
@@ -71,16 +73,16 @@ class BlockRefinementScheduler(Discrete, diffusers.BlockRefinementScheduler):
         if editing_threshold is None:
             editing_threshold = self.config.editing_threshold
         step = self.whole_timestep(timestep)
+        stream = self.stream(step, given)
         if draws:
             drawn = dict(temperature=temperature, top_k=top_k, top_p=top_p, confidence="tempered", seed=seed)
-            found = sample_tokens(model_output, stream=step, **drawn)
+            found = sample_tokens(model_output, stream=stream, **drawn)
         else:
             found = sample_tokens(model_output)
         tokens, confidence = found.tokens, found.confidence
         if mask_token_id is None:
-            result = self._uniform_step(
-                found, step, sample, threshold, editing_threshold, generator, seed, model_output
-            )
+            draw = functools.partial(renoised, generator=generator, seed=seed, stream=stream)
+            result = self._uniform_step(found, step, sample, threshold, editing_threshold, draw, model_output)
             return _output(*result) if return_dict else result
 
         masked = sample == mask_token_id
@@ -100,7 +102,7 @@ class BlockRefinementScheduler(Discrete, diffusers.BlockRefinementScheduler):
         result = x, transfer, edited, tokens, confidence, model_output
         return _output(*result) if return_dict else result
 
-    def _uniform_step(self, found, step, sample, threshold, editing_threshold, generator, seed, model_output):
+    def _uniform_step(self, found, step, sample, threshold, editing_threshold, draw, model_output):
         """Without a mask token: what is not committed yet becomes uniform noise again."""
         committed = self._committed
         if step == 0 or committed is None or committed.shape != sample.shape:
@@ -117,6 +119,6 @@ class BlockRefinementScheduler(Discrete, diffusers.BlockRefinementScheduler):
             edited = torch.zeros_like(transfer)
         x = torch.where(transfer | edited, tokens, sample)
         committed = committed | transfer
-        x = renoised(x, committed, model_output.shape[-1], generator, seed, step)
+        x = draw(x, committed, model_output.shape[-1])
         self._committed = committed
         return x, transfer, edited, tokens, confidence, model_output

@@ -3,7 +3,10 @@
 Their draws differ from those of real samples: the peers call ``torch.multinomial``, which makes a random number for
 every entry of every row of probabilities. Nothing is gained by doing that in another place, so a step that draws tokens
 from a generator is the peer's own. A greedy step is fused always; one that draws is fused with ``seed=``, in whole
-numbers from one uniform per row, with the step's number for the stream.
+numbers from one uniform per row.
+
+The stream of a draw is the step's number. A pipeline that makes several blocks of text goes through the schedule once
+for each, and ``noise_seed`` is one number for all of them: there the block is counted too.
 """
 
 from __future__ import annotations
@@ -25,12 +28,25 @@ class Discrete(DropIn):
     """Mixin for a scheduler of diffusers whose samples are tokens."""
 
     _on_host: dict | None = None
+    _passes: tuple | None = None  # timesteps, passes through them, the steps of this one
     _unsaved = ("_index", "_on_host")
 
     def whole_timestep(self, timestep) -> int:
         """A timestep as a whole number, as the peers take it, without a copy to the host for one of ``timesteps``."""
         value = None if self.timesteps is None else self.host_timestep(timestep)
         return int(timestep if value is None else value)
+
+    def stream(self, step: int, seed) -> int:
+        """The stream of a step's draws: its number, and without a ``seed`` of its own the pass through the schedule."""
+        if seed is not None:
+            return step
+        timesteps, passes, seen = self._passes or (None, 0, frozenset())
+        if timesteps is not self.timesteps:
+            passes, seen = 0, frozenset()
+        elif step in seen:
+            passes, seen = passes + 1, frozenset()
+        self._passes = (self.timesteps, passes, seen | {step})
+        return (step + (passes << 20)) % ROUTES
 
     def host_values(self, name: str) -> list:
         """The numbers of a tensor attribute, copied to the host once."""

@@ -31,14 +31,15 @@ class DiscreteDDIMScheduler(Discrete, diffusers.DiscreteDDIMScheduler):
         seed: int | torch.Tensor | None = None,
     ) -> DiscreteDDIMSchedulerOutput | tuple:
         """The peer's step; ``seed`` draws tokens inside the kernels, in place of ``generator``."""
-        seed = check_seed(self, generator, seed)
+        given, seed = seed, check_seed(self, generator, seed)
         if not takes(model_output, sample) or not (temperature == 0 or (temperature > 0 and seed is not None)):
             needs_generator(seed)
             return super().step(
                 model_output, timestep, sample, temperature=temperature, generator=generator, return_dict=return_dict
             )
         step, steps, size = self.whole_timestep(timestep), self.num_inference_steps, model_output.shape[-1]
-        drawn = dict(temperature=temperature, seed=seed, stream=step) if temperature else {}
+        stream = self.stream(step, given)
+        drawn = dict(temperature=temperature, seed=seed, stream=stream) if temperature else {}
         tokens, confidence = sample_tokens(model_output, **drawn)[:2]
 
         # x_s is the predicted token, or stays, or is any token. The roundings are the peer's, so that one generator
@@ -55,8 +56,8 @@ class DiscreteDDIMScheduler(Discrete, diffusers.DiscreteDDIMScheduler):
             share = (weights / weights.sum(dim=-1, keepdim=True)).view(-1, 3)
             route = torch.multinomial(share, num_samples=1, generator=generator).view_as(sample)
         else:
-            route = routes(weights, seed, step + ROUTES)
+            route = routes(weights, seed, stream + ROUTES)
         x = torch.where(route == 0, tokens, sample)
-        x = renoised(x, route != 2, size, generator, seed, step)
+        x = renoised(x, route != 2, size, generator, seed, stream)
         result = x, tokens, confidence, model_output
         return _output(*result) if return_dict else result

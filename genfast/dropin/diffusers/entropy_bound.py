@@ -33,7 +33,7 @@ class EntropyBoundScheduler(Discrete, diffusers.EntropyBoundScheduler):
         seed: int | torch.Tensor | None = None,
     ) -> EntropyBoundSchedulerOutput | tuple:
         """The peer's step; ``seed`` draws tokens inside the kernel, in place of ``generator``."""
-        seed = check_seed(self, generator, seed)
+        given, seed = seed, check_seed(self, generator, seed)
         step = self.whole_timestep(timestep)
         left = (self.num_inference_steps - step) / self.num_inference_steps
         temperature = self.config.t_min + (self.config.t_max - self.config.t_min) * left
@@ -48,10 +48,11 @@ class EntropyBoundScheduler(Discrete, diffusers.EntropyBoundScheduler):
                 return_dict=return_dict,
             )
         bound = float(self.config.entropy_bound if entropy_bound is None else entropy_bound)
+        stream = self.stream(step, given)
         scaled = model_output / temperature
-        found = sample_tokens(scaled, temperature=1.0, seed=seed, stream=step, statistics=("entropy",))
+        found = sample_tokens(scaled, temperature=1.0, seed=seed, stream=stream, statistics=("entropy",))
         everywhere = torch.ones_like(sample, dtype=torch.bool)
         accepted = select_transfer(-found.entropy, everywhere, 0, strategy="entropy_bound", bound=bound)
-        x = renoised(found.tokens, accepted, model_output.shape[-1], None, seed, step)
+        x = renoised(found.tokens, accepted, model_output.shape[-1], None, seed, stream)
         result = x, accepted, found.tokens, found.confidence, scaled
         return _output(*result) if return_dict else result

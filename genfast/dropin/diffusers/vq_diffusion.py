@@ -33,17 +33,18 @@ class VQDiffusionScheduler(Discrete, diffusers.VQDiffusionScheduler):
         seed: int | torch.Tensor | None = None,
     ) -> VQDiffusionSchedulerOutput | tuple:
         """The peer's step; ``seed`` draws classes inside the kernels, in place of ``generator``."""
-        seed = check_seed(self, generator, seed)
+        given, seed = seed, check_seed(self, generator, seed)
         logits = model_output.transpose(1, 2) if model_output.ndim == 3 else model_output
         if seed is None or not takes(logits, sample) or logits.shape[-1] != self.num_embed - 1:
             needs_generator(seed)
             return super().step(model_output, timestep, sample, generator, return_dict)
         t = self.whole_timestep(timestep)
-        x0 = sample_tokens(logits, temperature=1.0, confidence=None, seed=seed, stream=t).tokens
-        x = x0 if t == 0 else self._given_x0(x0, sample, t, seed)
+        stream = self.stream(t, given)
+        x0 = sample_tokens(logits, temperature=1.0, confidence=None, seed=seed, stream=stream).tokens
+        x = x0 if t == 0 else self._given_x0(x0, sample, t, seed, stream)
         return _output(x) if return_dict else (x,)
 
-    def _given_x0(self, x0: torch.Tensor, x_t: torch.Tensor, t: int, seed) -> torch.Tensor:
+    def _given_x0(self, x0: torch.Tensor, x_t: torch.Tensor, t: int, seed, stream: int) -> torch.Tensor:
         """A draw of q(x_t | x_{t-1}) q(x_{t-1} | x0), as weights of (x0, x_t, any class, the mask).
 
         With a, b, c the chances to keep the class, to become each class, to be masked in step t and A, B, C those of
@@ -58,6 +59,6 @@ class VQDiffusionScheduler(Discrete, diffusers.VQDiffusionScheduler):
         of_class, of_mask = (b * a0, a * b0, b * b0 * classes, 0.0), (c * a0, 0.0, c * b0 * classes, c0)
         weights = torch.stack([torch.where(masked, *pair) for pair in zip(of_mask, of_class)], dim=-1)
         weights[..., 1] += a * a0 * (same & ~masked)
-        route = routes(weights, seed, t + ROUTES)
+        route = routes(weights, seed, stream + ROUTES)
         x = torch.where(route == 0, x0, torch.where(route == 1, x_t, self.mask_class))
-        return renoised(x, route != 2, classes, None, seed, t)
+        return renoised(x, route != 2, classes, None, seed, stream)
