@@ -61,6 +61,7 @@ def arguments(name: str, dtype: str, size: int = 126464, device: str = "meta") -
 TRANSFERS = {
     "transfer_top": dict(n="tensor"),
     "transfer_threshold": dict(strategy="threshold", threshold=0.9),
+    "transfer_slack": dict(strategy="threshold", threshold=0.9, slack=1e-5),
     "transfer_factor": dict(strategy="factor", factor=0.5),
     "transfer_entropy_bound": dict(strategy="entropy_bound", bound=0.5),
     "transfer_hierarchy": dict(strategy="hierarchy", threshold=0.9, low_threshold=0.4),
@@ -72,8 +73,8 @@ def transfer_arguments(name: str, shape=(8, 1024), device: str = "meta") -> tupl
     """The arguments of a backend's ``select_transfer`` for a case, uninitialised."""
     per_row = torch.empty(shape[0], dtype=torch.int64, device=device)
     options = dict(
-        n=1, strategy="top", threshold=0.0, low_threshold=0.0, strict=False, factor=0.0, accept_last=False, bound=0.0,
-        inclusive=False, start=0, end=shape[1], temperature=0.0, seed=None, stream=0, offset=0,
+        n=1, strategy="top", threshold=0.0, low_threshold=0.0, slack=None, strict=False, factor=0.0, accept_last=False,
+        bound=0.0, inclusive=False, start=0, end=shape[1], temperature=0.0, seed=None, stream=0, offset=0,
     )  # fmt: skip
     options.update((k, per_row if v == "tensor" else v) for k, v in TRANSFERS[name].items())
     options["out"] = torch.empty(shape, dtype=torch.bool, device=device)

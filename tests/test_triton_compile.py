@@ -39,7 +39,7 @@ def test_a_few_configurations_of_token_sampling_on_every_target():
 
 
 def test_the_transfer_kernels_on_every_target():
-    names = ("transfer_hierarchy", "transfer_entropy_bound", "transfer_perturbed", "commit")
+    names = ("transfer_hierarchy", "transfer_entropy_bound", "transfer_perturbed", "transfer_slack", "commit")
     rows = compile_without_spills(names, ["fp32"])
     assert {row.kernel for row in rows} == {"score_kernel", "rank_kernel", "decide_kernel", "commit_kernel"}
 

@@ -64,6 +64,7 @@ struct SelectArgs {
   PerRow n, start, end;
   int strategy = kTop;
   float threshold = 0, low_threshold = 0;
+  float slack = -1;  // below 0: none
   bool strict = false;
   double factor = 0;
   bool accept_last = false;

@@ -81,9 +81,9 @@ PerRow per_row(const PyPerRow& given) { return PerRow{at<const int64_t>(std::get
 
 void select(uintptr_t confidence, uintptr_t mask, uintptr_t out, int64_t confidence_stride, int64_t mask_stride,
             int64_t batch, int64_t length, const PyPerRow& n, const PyPerRow& start, const PyPerRow& end, int strategy,
-            float threshold, float low_threshold, bool strict, double factor, bool accept_last, double bound,
-            bool inclusive, double temperature, int64_t seed, uintptr_t seeds, bool seed_per_sequence, int64_t stream,
-            int64_t offset) {
+            float threshold, float low_threshold, float slack, bool strict, double factor, bool accept_last,
+            double bound, bool inclusive, double temperature, int64_t seed, uintptr_t seeds, bool seed_per_sequence,
+            int64_t stream, int64_t offset) {
   SelectArgs a;
   a.confidence = at<const float>(confidence);
   a.mask = at<const uint8_t>(mask);
@@ -98,6 +98,7 @@ void select(uintptr_t confidence, uintptr_t mask, uintptr_t out, int64_t confide
   a.strategy = strategy;
   a.threshold = threshold;
   a.low_threshold = low_threshold;
+  a.slack = slack;
   a.strict = strict;
   a.factor = factor;
   a.accept_last = accept_last;
@@ -194,9 +195,9 @@ void register_token_sampling(py::module_& module) {
   module.def("select_transfer", &select, py::arg("confidence"), py::arg("mask"), py::arg("out"),
              py::arg("confidence_stride"), py::arg("mask_stride"), py::arg("batch"), py::arg("length"), py::arg("n"),
              py::arg("start"), py::arg("end"), py::arg("strategy"), py::arg("threshold"), py::arg("low_threshold"),
-             py::arg("strict"), py::arg("factor"), py::arg("accept_last"), py::arg("bound"), py::arg("inclusive"),
-             py::arg("temperature"), py::arg("seed"), py::arg("seeds"), py::arg("seed_per_sequence"), py::arg("stream"),
-             py::arg("offset"));
+             py::arg("slack"), py::arg("strict"), py::arg("factor"), py::arg("accept_last"), py::arg("bound"),
+             py::arg("inclusive"), py::arg("temperature"), py::arg("seed"), py::arg("seeds"),
+             py::arg("seed_per_sequence"), py::arg("stream"), py::arg("offset"));
   module.def("commit", &write, py::arg("x"), py::arg("tokens"), py::arg("selected"), py::arg("x_stride"),
              py::arg("tokens_stride"), py::arg("selected_stride"), py::arg("batch"), py::arg("length"),
              py::arg("mask_id"), py::arg("eos_id"), py::arg("left"), py::arg("finished"));
