@@ -36,7 +36,7 @@ ISAS = ("base", "avx2", "avx512", "amx")
 
 FAMILIES = ("sampler_step", "token_sampling")
 
-PARTS = {"token_sampling": ("token_sampling", "token_transfer")}
+PARTS = {"token_sampling": ("token_sampling", "token_transfer", "token_head")}
 """The files in which a family of several ops is written, in every layer; by default one of the family's own name."""
 
 # The order in which CUDA tensors are offered to the GPU backends, per family. The design asks for a measurement
