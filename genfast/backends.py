@@ -31,7 +31,7 @@ from genfast import profiling
 from genfast._registry import export
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-ISAS = ("base", "avx2", "avx512", "amx")
+ISAS = ("base", "avx2", "avx512", "avx512bf16", "amx")
 """Instruction sets with a native module of their own, weakest first."""
 
 FAMILIES = ("sampler_step", "token_sampling")
