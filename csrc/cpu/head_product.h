@@ -100,19 +100,26 @@ inline void pack(const char* const* rows, int count, int dtype, int64_t elements
   }
 }
 
-// out[v] (+)= the products of IDS weight rows and VECTORS vectors of hidden rows; vectors lie `stride` floats apart.
-template <bool PAIRS, int VECTORS, int IDS>
-inline void multiply(const float* const* weight, const float* const* next, const float* packed, int64_t words,
-                     float* out, int64_t stride, bool fresh) {
-  vf sum[IDS][VECTORS];
-  for (int v = 0; v < IDS; v++)
+// Which lines of the weight to ask for during a product: every `of`-th of each row, the `turn`-th first.
+struct Ahead {
+  const char* rows[kIds];
+  int64_t bytes;  // of what kLine words are made of
+  int turn, of;
+};
+constexpr int kLine = 16;  // words of a cache line
+
+// out[v] (+)= the products of kIds weight rows and VECTORS vectors of hidden rows; vectors lie `stride` floats apart.
+template <bool PAIRS, int VECTORS>
+inline void multiply(const float* const* weight, const Ahead& ahead, const float* packed, int64_t words, float* out,
+                     int64_t stride, bool fresh) {
+  vf sum[kIds][VECTORS];
+  for (int v = 0; v < kIds; v++)
     for (int g = 0; g < VECTORS; g++) sum[v][g] = vf{};
-  constexpr int kStep = 16;  // words of a cache line
   const auto one = [&](int64_t k) {
     vf h[VECTORS];
     for (int g = 0; g < VECTORS; g++) h[g] = load<vf>(packed + (k * VECTORS + g) * kLanes);
 #pragma GCC unroll 16
-    for (int v = 0; v < IDS; v++) {
+    for (int v = 0; v < kIds; v++) {
       uint32_t w;  // not a float: a pair may be what a float calls a signalling NaN
       std::memcpy(&w, weight[v] + k, 4);
       const vf all = (vf)splat(w);
@@ -120,69 +127,79 @@ inline void multiply(const float* const* weight, const float* const* next, const
     }
   };
   int64_t k = 0;
-  for (; k + kStep <= words; k += kStep) {
-    if (next)
-      for (int v = 0; v < IDS; v++) __builtin_prefetch(next[v] + k, 0, 2);
-    for (int64_t j = 0; j < kStep; j++) one(k + j);
+  for (int turn = ahead.turn; k + kLine <= words; k += kLine) {
+    if (turn-- == 0) {
+      turn += ahead.of;
+      for (int v = 0; v < kIds; v++) __builtin_prefetch(ahead.rows[v] + k / kLine * ahead.bytes, 0, 2);
+    }
+    for (int64_t j = 0; j < kLine; j++) one(k + j);
   }
   for (; k < words; k++) one(k);
-  for (int v = 0; v < IDS; v++)
+  for (int v = 0; v < kIds; v++)
     for (int g = 0; g < VECTORS; g++) {
       float* to = out + g * stride + v * kLanes;
       store(to, fresh ? sum[v][g] : load<vf>(to) + sum[v][g]);
     }
 }
 
+constexpr int64_t kRowBlock = 128;  // rows for which a tile of weights is read once
+constexpr int64_t kChunk =
+    8 * kIds;  // rows of weight that stay in the second-level cache while all hidden rows pass by
+constexpr int64_t kGroupRows = kVectors * kLanes;
+
 // What a product works in.
 struct ProductSpace {
-  alignas(64) float packed[kPackDepth * kVectors * kLanes];
+  alignas(64) float packed[kRowBlock / kGroupRows][kPackDepth * kGroupRows];
   alignas(64) float converted[kIds][kPackDepth];
 };
 
-// Floats of `out` for each vector of rows: IDS at a time are written, the last ones perhaps for nothing.
+// Floats of `out` for each vector of rows: kIds at a time are written, the last ones perhaps for nothing.
 constexpr int64_t kOutStride = (kHeadTile + kIds) * kLanes;
 
-template <bool PAIRS, int VECTORS>
-void multiply_group(const char* weight, int64_t row_bytes, int64_t last, int dtype, int64_t elements, int64_t ids,
-                    bool prefetch, ProductSpace& space, float* out, bool fresh) {
-  const bool direct = as_stored(dtype, elements);
-  const int64_t words = PAIRS ? (elements + 1) / 2 : elements;
-  for (int64_t first = 0; first < ids; first += kIds) {
-    const float *from[kIds], *next[kIds];
-    for (int v = 0; v < kIds; v++) {
-      const char* p = weight + std::min(first + v, ids - 1) * row_bytes;
-      if (direct) {
-        from[v] = reinterpret_cast<const float*>(p);
-      } else {
-        to_words(p, dtype, elements, space.converted[v]);
-        from[v] = space.converted[v];
-      }
-      next[v] = reinterpret_cast<const float*>(weight + std::min(first + kIds + v, last) * row_bytes);
-    }
-    multiply<PAIRS, VECTORS, kIds>(from, prefetch && direct ? next : nullptr, space.packed, words, out + first * kLanes,
-                                   kOutStride, fresh);
-  }
-}
-
-// out: [vectors of rows][ids][lanes], kOutStride apart. `last` is the last weight row there is, from `weight` on.
+// out: [vectors of rows][ids][lanes], kOutStride apart. `last` is the last row of the weight, counted from `weight`.
 template <bool PAIRS>
 void product(const char* const* rows, int64_t count, const char* weight, int64_t row_bytes, int64_t ids, int64_t last,
              int dtype, int64_t depth, ProductSpace& space, float* out) {
   const int64_t entry = size_of(dtype), at_once = PAIRS ? 2 * kPackDepth : kPackDepth;
+  const int groups = (int)((count + kGroupRows - 1) / kGroupRows);
   for (int64_t k = 0; k < depth; k += at_once) {
-    const int64_t n = std::min(at_once, depth - k);
-    for (int64_t r = 0; r < count; r += kVectors * kLanes) {
-      const int vectors = (int)std::min<int64_t>(kVectors, (count - r + kLanes - 1) / kLanes);
-      for (int g = 0; g < vectors; g++) {
+    const int64_t n = std::min(at_once, depth - k), words = PAIRS ? (n + 1) / 2 : n;
+    const bool direct = as_stored(dtype, n);
+    const auto vectors_of = [&](int g) {
+      return (int)std::min<int64_t>(kVectors, (count - g * kGroupRows + kLanes - 1) / kLanes);
+    };
+    for (int g = 0; g < groups; g++)
+      for (int j = 0; j < vectors_of(g); j++) {
         const char* from[kLanes];
-        const int64_t begin = r + g * kLanes, found = std::min<int64_t>(kLanes, count - begin);
-        for (int64_t j = 0; j < found; j++) from[j] = rows[begin + j] + k * entry;
-        pack(from, (int)found, dtype, n, vectors * kLanes, space.packed + g * kLanes);
+        const int64_t begin = g * kGroupRows + j * kLanes, found = std::min<int64_t>(kLanes, count - begin);
+        for (int64_t i = 0; i < found; i++) from[i] = rows[begin + i] + k * entry;
+        pack(from, (int)found, dtype, n, vectors_of(g) * kLanes, space.packed[g] + j * kLanes);
       }
-      float* to = out + r / kLanes * kOutStride;
-      const auto run = vectors == 1 ? multiply_group<PAIRS, 1> : multiply_group<PAIRS, 2>;
-      run(weight + k * entry, row_bytes, last, dtype, n, ids, r == 0, space, to, k == 0);
-    }
+    // What comes a chunk later: of this depth, then of the next one, then of the next tile.
+    const bool deeper = k + at_once < depth;
+    const char* after = weight + (deeper ? k + at_once : 0) * entry - (deeper ? ids : 0) * row_bytes;
+    for (int64_t chunk = 0; chunk < ids; chunk += kChunk)
+      for (int g = 0; g < groups; g++)
+        for (int64_t first = chunk; first < std::min(ids, chunk + kChunk); first += kIds) {
+          const float* from[kIds];
+          Ahead ahead{{}, kLine * 4, g, groups};
+          if (!PAIRS) ahead.bytes = kLine * entry;
+          for (int v = 0; v < kIds; v++) {
+            const char* p = weight + std::min(first + v, ids - 1) * row_bytes + k * entry;
+            if (direct) {
+              from[v] = reinterpret_cast<const float*>(p);
+            } else {
+              to_words(p, dtype, n, space.converted[v]);
+              from[v] = space.converted[v];
+            }
+            const int64_t next = first + v + kChunk;
+            ahead.rows[v] = next < ids ? weight + next * row_bytes + k * entry
+                                       : after + std::min(next, deeper ? 2 * ids - 1 : last) * row_bytes;
+          }
+          const auto run = vectors_of(g) == 1 ? multiply<PAIRS, 1> : multiply<PAIRS, kVectors>;
+          run(from, ahead, space.packed[g], words, out + g * kVectors * kOutStride + first * kLanes, kOutStride,
+              k == 0);
+        }
   }
 }
 

@@ -20,8 +20,7 @@
 namespace genfast {
 namespace {
 
-constexpr int64_t kRowBlock = 256;  // rows for which a tile of weights is read once
-constexpr int64_t kChunk = 64;      // entries whose weights are added before the draw looks closer
+constexpr int64_t kStretch = 64;  // entries whose weights are added before the draw looks closer
 constexpr int kTileBits = 52;
 constexpr int64_t kGrain = 1 << 18;  // products
 constexpr float kTanhP[6] = {1.0f, -1.0f / 3, 2.0f / 15, -17.0f / 315, 62.0f / 2835, -1382.0f / 155925};
@@ -79,19 +78,25 @@ struct Top {
 
 // The largest of n entries, a multiple of kLanes, and its first place; the first NaN if there is one.
 Top find_top(const float* x, int64_t n) {
-  vf m = splat(-kInfinity);
+  vf m0 = splat(-kInfinity), m1 = m0;
   NaNs nans;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const vf v = load<vf>(x + i);
-    nans.look(v, v);
-    m = larger(v, m);
+  int64_t end = 0;
+  for (; end + 2 * kLanes <= n; end += 2 * kLanes) {
+    const vf a = load<vf>(x + end), b = load<vf>(x + end + kLanes);
+    nans.look(a, b);
+    m0 = larger(a, m0), m1 = larger(b, m1);
+  }
+  if (end < n) {
+    const vf a = load<vf>(x + end);
+    nans.look(a, a);
+    m0 = larger(a, m0);
   }
   if (nans.any()) {
     int64_t i = 0;
     while (x[i] == x[i]) i++;
     return {x[i], i};
   }
-  const float value = largest(m);
+  const float value = largest(larger(m0, m1));
   for (int64_t i = 0; i < n; i += kLanes)
     if (any(load<vf>(x + i) == splat(value))) {
       while (x[i] != value) i++;
@@ -101,15 +106,17 @@ Top find_top(const float* x, int64_t n) {
 }
 
 double add_exponentials(const float* x, int64_t n, float m, float c) {
-  vf sum[2] = {vf{}, vf{}};
-  int side = 0;
-  for (int64_t i = 0; i < n; i += kLanes, side ^= 1) {
+  vf even{}, odd{};
+  const auto one = [&](int64_t i) {
     vf t;
     vi power;
     const vf p = exp2_parts(load<vf>(x + i) - splat(m), splat(c), t, power);
-    sum[side] += times_power(p, power);
-  }
-  return total(sum[0] + sum[1]);
+    return times_power(p, power);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) even += one(i), odd += one(i + kLanes);
+  if (i < n) even += one(i);
+  return total(even + odd);
 }
 
 void drop(const int64_t* from, const int64_t* to, int64_t begin, int64_t n, float* x) {
@@ -119,21 +126,21 @@ void drop(const int64_t* from, const int64_t* to, int64_t begin, int64_t n, floa
 
 // The sum of the weights of n entries, and the entry drawn.
 uint64_t draw(const float* x, int64_t n, float m, float c, uint64_t u, float* v, int64_t& drawn) {
-  uint64_t ends[kHeadTile / kChunk], sum = 0;
-  for (int64_t from = 0; from < n; from += kChunk) {
+  uint64_t ends[kHeadTile / kStretch], sum = 0;
+  for (int64_t from = 0; from < n; from += kStretch) {
     WholeSum whole;
-    for (int64_t i = from; i < std::min(n, from + kChunk); i += kLanes) {
+    for (int64_t i = from; i < std::min(n, from + kStretch); i += kLanes) {
       const vf w = weight(load<vf>(x + i) - splat(m), splat(c), vi{} + kTileBits);
       whole.add(w);
       store(v + i, w);
     }
-    ends[from / kChunk] = sum += whole.total();
+    ends[from / kStretch] = sum += whole.total();
   }
   uint64_t target = high_product(u, sum);
   int64_t chunk = 0;
   while (ends[chunk] <= target) chunk++;
   if (chunk) target -= ends[chunk - 1];
-  drawn = chunk * kChunk;
+  drawn = chunk * kStretch;
   while (target >= (uint64_t)v[drawn]) target -= (uint64_t)v[drawn++];
   return sum;
 }
@@ -156,21 +163,25 @@ void judge(const HeadArgs& a, int64_t r, int64_t tile, int64_t begin, int64_t n,
   const bool odd = !(m > -kInfinity && m < kInfinity);
   a.largest[at] = m;
   a.index[at] = (int32_t)(begin + top.index);
-  if (a.exponentials) a.exponentials[at] = odd ? 0.0f : (float)add_exponentials(x, padded, m, kLog2E);
-
-  const float asked = a.scale ? a.scale[r] : 0.0f;
+  const float c = a.scale && a.scale[r] > 0 ? a.scale[r] : kLog2E;
   int64_t chosen = top.index;
+  double sum = 0;  // of 2^((l - m) c), once known
   if (a.mass) {
-    uint64_t sum = 0;
+    uint64_t whole = 0;
     if (!odd) {
       int64_t drawn;
       const uint64_t u = Words(a, r).uniform(a.stream, (uint64_t)(begin / kHeadTile) + 1);
-      sum = draw(x, padded, m, asked > 0 ? asked : kLog2E, u, space.weights, drawn);
-      if (asked > 0) chosen = drawn;
+      whole = draw(x, padded, m, c, u, space.weights, drawn);
+      sum = (double)whole * 0x1p-52;
+      if (a.scale[r] > 0) chosen = drawn;
     }
-    a.mass[at] = (int64_t)sum;
+    a.mass[at] = (int64_t)whole;
     a.candidate[at] = (int32_t)(begin + chosen);
   }
+  const auto exponentials = [&](const float* x, float m, float own) {
+    return (float)(sum != 0 && own == c && x != space.judged ? sum : add_exponentials(x, padded, m, own));
+  };
+  if (a.exponentials) a.exponentials[at] = odd ? 0.0f : exponentials(x, m, kLog2E);
   const float* judged = x;
   float base = m;
   if (a.judged_largest) {
@@ -181,8 +192,8 @@ void judge(const HeadArgs& a, int64_t r, int64_t tile, int64_t begin, int64_t n,
     a.judged_largest[at] = base;
   }
   if (a.judged_sum) {
-    const float c = a.judged_scale ? a.judged_scale[r] : kLog2E;
-    a.judged_sum[at] = odd || base == -kInfinity ? 0.0f : (float)add_exponentials(judged, padded, base, c);
+    const float own = a.judged_scale ? a.judged_scale[r] : kLog2E;
+    a.judged_sum[at] = odd || base == -kInfinity ? 0.0f : exponentials(judged, base, own);
   }
   if (a.judged_logit) a.judged_logit[at] = odd ? m : judged[chosen];
 }
