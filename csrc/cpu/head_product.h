@@ -6,7 +6,7 @@
 // is larger by far, is read as it lies, an element (or two bfloat16) broadcast to all lanes at a time. So few rows
 // leave lanes idle, but the weight then comes from memory, and that is what takes the time.
 //
-// Elements are added in order within `kDepth` of them, and these sums in order: the same for every number of rows.
+// `kChain` words are added in order, and their sums in order: the same for every number of rows.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -29,6 +29,7 @@ constexpr int kVectors = 2, kIds = 12;  // vectors of rows and rows of weight th
 constexpr int kVectors = 2, kIds = 6;
 #endif
 constexpr int kPackDepth = 256;  // 32-bit words of a row that are packed at a time
+constexpr int kChain = 128;      // and that are added up in one register: longer sums are less accurate
 
 // Words as floats, or as pairs of bfloat16.
 template <bool PAIRS>
@@ -112,34 +113,38 @@ constexpr int kLine = 16;  // words of a cache line
 template <bool PAIRS, int VECTORS>
 inline void multiply(const float* const* weight, const Ahead& ahead, const float* packed, int64_t words, float* out,
                      int64_t stride, bool fresh) {
-  vf sum[kIds][VECTORS];
-  for (int v = 0; v < kIds; v++)
-    for (int g = 0; g < VECTORS; g++) sum[v][g] = vf{};
-  const auto one = [&](int64_t k) {
-    vf h[VECTORS];
-    for (int g = 0; g < VECTORS; g++) h[g] = load<vf>(packed + (k * VECTORS + g) * kLanes);
+  int turn = ahead.turn;
+  for (int64_t begin = 0; begin < words; begin += kChain, fresh = false) {
+    vf sum[kIds][VECTORS];
+    for (int v = 0; v < kIds; v++)
+      for (int g = 0; g < VECTORS; g++) sum[v][g] = vf{};
+    const auto one = [&](int64_t k) {
+      vf h[VECTORS];
+      for (int g = 0; g < VECTORS; g++) h[g] = load<vf>(packed + (k * VECTORS + g) * kLanes);
 #pragma GCC unroll 16
-    for (int v = 0; v < kIds; v++) {
-      uint32_t w;  // not a float: a pair may be what a float calls a signalling NaN
-      std::memcpy(&w, weight[v] + k, 4);
-      const vf all = (vf)splat(w);
-      for (int g = 0; g < VECTORS; g++) sum[v][g] = multiply_add<PAIRS>(sum[v][g], all, h[g]);
+      for (int v = 0; v < kIds; v++) {
+        uint32_t w;  // not a float: a pair may be what a float calls a signalling NaN
+        std::memcpy(&w, weight[v] + k, 4);
+        const vf all = (vf)splat(w);
+        for (int g = 0; g < VECTORS; g++) sum[v][g] = multiply_add<PAIRS>(sum[v][g], all, h[g]);
+      }
+    };
+    const int64_t end = std::min<int64_t>(words, begin + kChain);
+    int64_t k = begin;
+    for (; k + kLine <= end; k += kLine) {
+      if (turn-- == 0) {
+        turn += ahead.of;
+        for (int v = 0; v < kIds; v++) __builtin_prefetch(ahead.rows[v] + k / kLine * ahead.bytes, 0, 2);
+      }
+      for (int64_t j = 0; j < kLine; j++) one(k + j);
     }
-  };
-  int64_t k = 0;
-  for (int turn = ahead.turn; k + kLine <= words; k += kLine) {
-    if (turn-- == 0) {
-      turn += ahead.of;
-      for (int v = 0; v < kIds; v++) __builtin_prefetch(ahead.rows[v] + k / kLine * ahead.bytes, 0, 2);
-    }
-    for (int64_t j = 0; j < kLine; j++) one(k + j);
+    for (; k < end; k++) one(k);
+    for (int v = 0; v < kIds; v++)
+      for (int g = 0; g < VECTORS; g++) {
+        float* to = out + g * stride + v * kLanes;
+        store(to, fresh ? sum[v][g] : load<vf>(to) + sum[v][g]);
+      }
   }
-  for (; k < words; k++) one(k);
-  for (int v = 0; v < kIds; v++)
-    for (int g = 0; g < VECTORS; g++) {
-      float* to = out + g * stride + v * kLanes;
-      store(to, fresh ? sum[v][g] : load<vf>(to) + sum[v][g]);
-    }
 }
 
 constexpr int64_t kRowBlock = 128;  // rows for which a tile of weights is read once

@@ -42,7 +42,7 @@ def tiles(first: int, size: int) -> list[tuple[int, int]]:
 
 
 def capped(logits: Tensor, cap: float) -> Tensor:
-    """cap tanh(logits / cap), every operation rounded to float32; tanh to 2 roundings."""
+    """cap tanh(logits / cap), every operation rounded to float32: 5 roundings in all."""
     z = logits / torch.tensor(cap, dtype=torch.float32, device=logits.device)
     a = z.abs()
     square = a * a
