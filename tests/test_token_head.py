@@ -117,10 +117,17 @@ def test_the_tail_is_drawn():
     """32768 tokens, each e^-16 of the largest, have 73.7 of 20000 draws. Poisson: outside [36, 122] once in 10^6."""
     bias = torch.full((32769,), -16.0)
     bias[777] = 0
+    hidden, weight = torch.zeros(1, 5000, 1), torch.zeros(32769, 1)
     hits = 0
     for k in range(4):
         found = genfast.lm_head_sample(
-            torch.zeros(1, 5000, 1), torch.zeros(32769, 1), bias=bias, temperature=1.0, seed=2, stream=k, confidence=None
+            torch.zeros(1, 5000, 1),
+            torch.zeros(32769, 1),
+            bias=bias,
+            temperature=1.0,
+            seed=2,
+            stream=k,
+            confidence=None,
         )
         hits += int((found.tokens != 777).sum())
     assert 36 <= hits <= 122
@@ -162,9 +169,7 @@ def test_a_tile_cut_in_two_has_the_same_law():
     """Two tokens, one on each rank, 10000 draws at p = 0.3: beyond five standard errors once in 10^6 seeds."""
     weight = torch.tensor([[math.log(0.3)], [math.log(0.7)]])
     hidden = torch.ones(10000, 1)
-    ranks = [
-        genfast.lm_head_partials(hidden, weight[k : k + 1], first=k, temperature=1.0, seed=1) for k in range(2)
-    ]
+    ranks = [genfast.lm_head_partials(hidden, weight[k : k + 1], first=k, temperature=1.0, seed=1) for k in range(2)]
     share = genfast.merge_head_partials(ranks).tokens.double().mean().item()
     assert abs(share - 0.7) < 5 * math.sqrt(0.21 / 10000)
 
@@ -244,7 +249,7 @@ def test_refused_partials():
     with pytest.raises(ValueError, match="seed"):
         genfast.lm_head_partials(HIDDEN, WEIGHT, temperature=1.0)
     for first in (-1, 2**31, 1.0, True):
-        with pytest.raises(ValueError, match="first|vocabulary"):
+        with pytest.raises(ValueError, match=r"first|vocabulary"):
             genfast.lm_head_partials(HIDDEN, WEIGHT, first=first)
     parts = genfast.lm_head_partials(HIDDEN, WEIGHT, **HOT)
     for other in (
@@ -256,7 +261,7 @@ def test_refused_partials():
         with pytest.raises(ValueError, match=r"parts\[1\]"):
             genfast.merge_head_partials([parts, other])
     for wrong in ([], [1], None):
-        with pytest.raises(TypeError, match="parts|None"):
+        with pytest.raises(TypeError, match="parts must be"):
             genfast.merge_head_partials(wrong)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -128,7 +129,7 @@ def sample(case: HeadCase, device) -> TokenSample:
             lm_head_partials(
                 hidden, weight[a:b], first=a, bias=None if bias is None else bias[a:b], **options
             )
-            for a, b in zip(ends, ends[1:])
+            for a, b in pairwise(ends)
         ]
     )  # fmt: skip
 

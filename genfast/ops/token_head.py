@@ -124,8 +124,8 @@ def lm_head_sample(
     (``genfast/reference/token_head.py``), so that it does not depend on batch split, threads or ranks.
     """
     call = _checked(
-        hidden, weight, bias, temperature, suppress, suppress_confidence, mask_id, softcap, rows, confidence, statistics,
-        seed, stream, offset, row_ids, 0, weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0, True,
+        hidden, weight, bias, temperature, suppress, suppress_confidence, mask_id, softcap, rows, confidence,
+        statistics, seed, stream, offset, row_ids, 0, weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0, True,
     )  # fmt: skip
     shape = hidden.shape[:-1] if rows is None else rows.shape
     return TokenSample(*(t if t is None else t.reshape(shape) for t in _merged(_partials(*call))[:3]))
@@ -169,8 +169,8 @@ def lm_head_partials(
     if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first <= MOST_ENTRIES:
         raise ValueError(f"first must be a whole number in [0, 2^31), got {first!r}")
     call = _checked(
-        hidden, weight, bias, temperature, suppress, suppress_confidence, mask_id, softcap, rows, confidence, statistics,
-        seed, stream, offset, row_ids, first, MOST_ENTRIES, False,
+        hidden, weight, bias, temperature, suppress, suppress_confidence, mask_id, softcap, rows, confidence,
+        statistics, seed, stream, offset, row_ids, first, MOST_ENTRIES, False,
     )  # fmt: skip
     return _partials(*call)
 
@@ -189,8 +189,8 @@ def merge_head_partials(parts: HeadPartials | Sequence[HeadPartials]) -> TokenSa
     Raises:
         TypeError, ValueError: parts that are no :class:`HeadPartials`, or do not belong together.
     """
-    parts = [parts] if isinstance(parts, HeadPartials) else list(parts)
-    if not parts or not all(isinstance(part, HeadPartials) for part in parts):
+    parts = [parts] if isinstance(parts, HeadPartials) else parts
+    if not isinstance(parts, Sequence) or not parts or not all(isinstance(part, HeadPartials) for part in parts):
         raise TypeError("parts must be HeadPartials, one or a list of at least one")
     head = parts[0]
     if not isinstance(head.largest, Tensor) or head.largest.dim() != 2 or not head.largest.shape[1]:
@@ -451,7 +451,8 @@ def _allocate_merged(largest, judged_sum, exponentials) -> list[Tensor]:
 
 
 def _merge_impl(
-    largest, index, exponentials, judged_largest, judged_sum, judged_logit, mass, candidate, uniform, scale, judged_scale
+    largest, index, exponentials, judged_largest, judged_sum, judged_logit, mass, candidate, uniform, scale,
+    judged_scale,
 ) -> list[Tensor]:  # fmt: skip
     return _run_merge(
         largest, index, exponentials, judged_largest, judged_sum, judged_logit, mass, candidate, uniform, scale,

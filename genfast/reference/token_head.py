@@ -20,6 +20,8 @@ Then the bias is added, and the cap c tanh(l / c) applied (:func:`capped`), both
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ TANH_NEAR = 0.25
 def tiles(first: int, size: int) -> list[tuple[int, int]]:
     """[begin, end) of the tiles of the entries [first, first + size), in indices of the whole vocabulary."""
     cuts = [first, *range((first // TILE + 1) * TILE, first + size, TILE), first + size]
-    return list(zip(cuts, cuts[1:]))
+    return list(pairwise(cuts))
 
 
 def capped(logits: Tensor, cap: float) -> Tensor:
