@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import genfast
+from benchmarks import token_head
 from benchmarks.harness import Bar, Case, Peer, Plan, Settings
 from benchmarks.rotation import pool
 from genfast import backends
@@ -44,6 +45,7 @@ def plans(settings: Settings) -> list[Plan]:
             functools.partial(step_case, device, *((64, entries, 64) if quick else (LENGTH, entries, LENGTH)), 50),
         ),
         Plan("select", functools.partial(select_case, device)),
+        *token_head.plans(settings),
     ]
 
 

@@ -123,9 +123,10 @@ def lm_head_sample(
     The draw is exact: in each tile a candidate by inverse CDF, then a tile by the tiles' masses, all in whole numbers
     (``genfast/reference/token_head.py``), so that it does not depend on batch split, threads or ranks.
     """
+    size = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0
     call = _checked(
         hidden, weight, bias, temperature, suppress, suppress_confidence, mask_id, softcap, rows, confidence,
-        statistics, seed, stream, offset, row_ids, 0, weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0, True,
+        statistics, seed, stream, offset, row_ids, 0, size, True,
     )  # fmt: skip
     shape = hidden.shape[:-1] if rows is None else rows.shape
     return TokenSample(*(t if t is None else t.reshape(shape) for t in _merged(_partials(*call))[:3]))
