@@ -167,3 +167,68 @@ def transition_arguments(name: str, dtype: str, shape=(8, 128, 50258), device: s
     if options["noise"] is not None:
         options["noise"] = new(options["noise"], shape)
     return (new(torch.int64, shape[:2]), new(DTYPES[dtype], shape)), options
+
+
+HEADS = {
+    "head_greedy": {},
+    "head_greedy_few_rows": dict(count=16),
+    "head_greedy_quiet": dict(quiet=True, bias=True, softcap=30.0, suppress=True),
+    "head_draw": dict(scale=True, seed=0),
+    "head_draw_all": dict(
+        scale=True, seed="tensor", judged_scale=True, quiet=True, bias=True, softcap=30.0, suppress=True, rows=True,
+        ids=True, exponentials=True,
+    ),
+}  # fmt: skip
+
+
+def head_arguments(name: str, dtype: str, size: int = 126464, depth: int = 4096, device: str = "meta"):
+    """Those of ``lm_head_partials`` and of ``merge_head_partials`` for a case: (tensors, options) each."""
+    given = dict(HEADS[name])
+    count, tiles = given.pop("count", 256), -(-size // 512)
+
+    def new(kind=torch.float32, shape=(count, tiles)):
+        return torch.empty(shape, dtype=kind, device=device)
+
+    def if_given(key, made):
+        return made if given.get(key) else None
+
+    hidden, weight = new(DTYPES[dtype], (1, count, depth)), new(DTYPES[dtype], (size, depth))
+    int64, row = torch.int64, (count,)
+    scale, judged_scale = if_given("scale", new(shape=row)), if_given("judged_scale", new(shape=row))
+    fields = dict(
+        exponentials=new() if given.get("exponentials") or not given.get("quiet") else None,
+        judged_largest=if_given("quiet", new()),
+        judged_sum=if_given("quiet", new()),
+        judged_logit=new() if given.get("scale") or given.get("quiet") else None,
+        mass=if_given("scale", new(int64)),
+        candidate=if_given("scale", new(torch.int32)),
+        uniform=if_given("scale", new(int64, row)),
+    )
+    seed = given.get("seed")
+    options = dict(
+        fields,
+        bias=if_given("bias", new(shape=(size,))),
+        first=0,
+        scale=scale,
+        judged_scale=judged_scale,
+        suppress=if_given("suppress", new(int64, (2,))),
+        suppress_confidence=if_given("quiet", new(int64, (3,))),
+        softcap=given.get("softcap", 0.0),
+        rows=if_given("rows", new(int64, row)),
+        seed=new(int64, (1,)) if seed == "tensor" else seed,
+        stream=0,
+        offset=0,
+        ids=if_given("ids", new(int64, row)),
+        largest=new(),
+        index=new(torch.int32),
+    )
+    merged = dict(
+        fields,
+        judged_sum=fields["judged_sum"] if given.get("quiet") else fields["exponentials"],
+        scale=scale,
+        judged_scale=judged_scale,
+        tokens=new(int64, row),
+        confidences=new(shape=row),
+        logsumexp=if_given("exponentials", new(shape=row)),
+    )
+    return ((hidden, weight), options), ((new(), new(torch.int32)), merged)

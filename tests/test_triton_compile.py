@@ -55,6 +55,11 @@ def test_the_transition_kernel_on_every_target():
     assert {row.kernel for row in rows} == {"transition_kernel"} and len(rows) == 3 * len(compile_report.TARGETS)
 
 
+def test_the_head_kernels_on_every_target():
+    rows = compile_without_spills(compile_report.QUICK_HEAD_CASES, ["bf16"])
+    assert {row.kernel for row in rows} == {"partial_kernel", "merge_kernel"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", configurations.DTYPES)
 def test_every_configuration_on_every_target(dtypes):

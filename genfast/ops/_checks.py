@@ -122,3 +122,28 @@ def row_numbers(name: str, value, batch: int, device):
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number or a tensor of them, got {type(value).__name__}")
     return value
+
+
+def sequences(t: Tensor) -> Tensor:
+    """[B, L, n] whose rows are runs of neighbours; a copy only where strides leave no other way."""
+    if t.dim() < 3:
+        t = t.reshape(-1, 1, t.shape[-1])
+    elif t.dim() > 3:
+        t = t.reshape(-1, *t.shape[-2:])
+    t = t.detach()
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def checked_temperature(temperature, rows: int, device):
+    if isinstance(temperature, Tensor):
+        if not temperature.is_floating_point():
+            raise TypeError(f"temperature must be a float or a floating tensor, got {temperature.dtype}")
+        if temperature.numel() not in (1, rows) or temperature.device != device:
+            raise ValueError(
+                f"temperature is {list(temperature.shape)} on {temperature.device}; expected {rows} rows on {device}"
+            )
+        return temperature.detach().reshape(-1).expand(rows).contiguous()
+    temperature = float(temperature)
+    if not 0 <= temperature <= LARGEST_TEMPERATURE:
+        raise ValueError(f"temperature must be in [0, {LARGEST_TEMPERATURE:g}], got {temperature}")
+    return temperature

@@ -65,13 +65,13 @@ def weights(logits: Tensor, largest: Tensor, c: Tensor, bits: int) -> Tensor:
 
 
 def row_words(
-    seed: int | Tensor, stream: int, offset: int, rows: Tensor, length: int, ids: Tensor | None
+    seed: int | Tensor, stream: int, offset: int, rows: Tensor, length: int, ids: Tensor | None, tile: int = 0
 ) -> tuple[Tensor, ...]:
     """The four Philox words of flat rows, int64 in [0, 2^32): (w0, w1) make u, w2 the random confidence.
 
-    The counter is (position, 0, sample, stream): ``sample`` is ``offset`` plus the sequence's place in the batch (a
+    The counter is (position, tile, sample, stream): ``sample`` is ``offset`` plus the sequence's place in the batch (a
     seed per sequence: ``offset`` alone) and ``position`` the place in the sequence; or ``ids`` is
-    sample 2^32 + position.
+    sample 2^32 + position. ``tile`` is 0 for the row itself (``token_head`` draws within tiles too).
     """
     sequence, position = rows // length, rows % length
     sample = sequence + offset
@@ -82,7 +82,7 @@ def row_words(
         seed = torch.tensor(signed64(seed), device=rows.device)
     if ids is not None:
         sample, position = (ids >> 32) & MASK, ids & MASK
-    return philox_words(seed, position, sample, torch.tensor(stream, device=rows.device))
+    return philox_words(seed, position | tile << 32, sample, torch.tensor(stream, device=rows.device))
 
 
 def high_product(high: Tensor | int, low: Tensor | int, total: Tensor) -> Tensor:
