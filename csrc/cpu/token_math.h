@@ -50,15 +50,18 @@ struct NaNs {
 #endif
 };
 
+// 2^r on [-1/2, 1/2].
+inline vf exp2_fraction(vf r) {
+  vf p = splat(kExp2P[6]);
+  for (int k = 5; k >= 0; k--) p = fma_exact(p, r, splat(kExp2P[k]));
+  return p;
+}
 // 2^(d c) as p 2^n, d <= 0; t is the exponent, not below kLowest.
 inline vf exp2_parts(vf d, vf c, vf& t, vi& n) {
   t = larger(d * c, splat(kExp2Lowest));
   const vf big = t + splat(kRoundToInteger);
-  const vf r = t - (big - splat(kRoundToInteger));
   n = as_int(big) - as_int(splat(kRoundToInteger));
-  vf p = splat(kExp2P[6]);
-  for (int k = 5; k >= 0; k--) p = fma_exact(p, r, splat(kExp2P[k]));
-  return p;
+  return exp2_fraction(t - (big - splat(kRoundToInteger)));
 }
 inline vf times_power(vf p, vi n) { return as_float(as_int(p) + (n << 23)); }
 
