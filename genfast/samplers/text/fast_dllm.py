@@ -37,6 +37,7 @@ def generate_fast_dllm(
     eos_id: int | None = None,
     suppress: Sequence[int] | Tensor | None = None,
     suppress_confidence: Sequence[int] | Tensor | None = None,
+    head: Tensor | tuple[Tensor, Tensor | None] | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     offset: int = 0,
@@ -64,9 +65,9 @@ def generate_fast_dllm(
         steps: without threshold and factor, as for :func:`generate_llada`; by default one token per step. With them
             the number of steps comes out by itself.
         remasking: as for :func:`generate_llada`, the confidence that ``threshold`` and ``factor`` look at;
-            ``"sequential"`` goes with neither.
+            ``"sequential"`` goes with neither, ``"random"`` not with them and a head.
         prompt, prompt_lengths, gen_length, block_length, temperature, mask_id, pad_id, eos_id, suppress,
-        suppress_confidence, seed, generator, offset, progress, callback: as for :func:`generate_llada`.
+        suppress_confidence, head, seed, generator, offset, progress, callback: as for :func:`generate_llada`.
 
     Returns:
         :class:`TextSample`.
@@ -119,6 +120,7 @@ def generate_fast_dllm(
             seed=seed,
             generator=generator,
             offset=offset,
+            head=head,
             callback=callback,
             advance=advance,
         )

@@ -45,6 +45,7 @@ def generate_llada(
     eos_id: int | None = None,
     suppress: Sequence[int] | Tensor | None = None,
     suppress_confidence: Sequence[int] | Tensor | None = None,
+    head: Tensor | tuple[Tensor, Tensor | None] | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     offset: int = 0,
@@ -78,6 +79,10 @@ def generate_llada(
             and the sampler stops when all rows have ended. (One number is then copied to the host per step.)
         suppress: ids that are never drawn and have no share in any probability.
         suppress_confidence: ids that may be drawn, but go last.
+        head: weight [V, d] of the model's head, or (weight, bias [V]). The model then returns hidden states [B, L, d]
+            (itself, as ``last_hidden_state``, or first in a tuple), and only the positions that are needed are
+            projected (:func:`genfast.lm_head_sample`). Goes with ``"low_confidence"``, ``"tempered"``, ``"random"`` and
+            ``"sequential"``, and with seeds.
         seed: an int, or int64 [B] with one per row; by default from torch's default generator.
         generator: draw by Gumbel-max with float64 noise of the size of the logits from it instead, as published.
         offset: row b draws as row ``offset + b``: a batch written in parts is the batch written whole.
@@ -122,6 +127,7 @@ def generate_llada(
             seed=seed,
             generator=generator,
             offset=offset,
+            head=head,
             callback=callback,
             advance=advance,
         )

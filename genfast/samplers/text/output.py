@@ -7,16 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from genfast.ops.token_head import lm_head_sample
 from genfast.ops.token_sampling import TokenSample, sample_tokens
+from genfast.reference.token_sampling import guide
 
 
 def call(model: Callable, ids: Tensor, **options) -> tuple[Tensor, object]:
     """(logits or hidden states [B, n, .], the whole answer) of a model that returns them as Hugging Face's do: the
-    tensor itself, an object with ``logits``, or a tuple that begins with it."""
+    tensor itself, an object with ``logits`` or ``last_hidden_state``, or a tuple that begins with it."""
     answer = model(ids, **{name: value for name, value in options.items() if value is not None})
     found = answer
     if not isinstance(answer, Tensor):
-        found = answer.logits if hasattr(answer, "logits") else answer[0]
+        names = [name for name in ("logits", "last_hidden_state") if hasattr(answer, name)]
+        found = getattr(answer, names[0]) if names else answer[0]
     if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:2] != ids.shape:
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"the model returned {shape} for ids {list(ids.shape)}; expected [B, L, V]")
@@ -85,3 +88,32 @@ class Output:
         """The first half of the batch, guided by its second half, which is without the condition."""
         cond, uncond = self.logits.chunk(2)
         return Output(cond, first=self.first, uncond=uncond, guidance=guidance, shift=self.shift)
+
+
+class HeadOutput(Output):
+    """Hidden states [B, n, d] and the head that makes logits of them: only the positions that are needed are projected.
+
+    Args:
+        hidden: the last hidden states after the final norm, in the dtype of the head.
+        head: the weight [V, d], or (weight, bias [V]).
+        first, shift: as for :class:`Output`.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Tensor | tuple[Tensor, Tensor | None], *, first: int = 0, shift: bool = False
+    ):
+        super().__init__(hidden, first=first, shift=shift)
+        self.head = head
+
+    def draw(self, rows: Tensor, **options) -> TokenSample:
+        """:func:`genfast.lm_head_sample` at the rows of hidden states flattened to [B n, d]."""
+        if self.shift:
+            rows = torch.where(rows % self.logits.shape[1] > 0, rows - 1, rows)
+        weight, bias = self.head if isinstance(self.head, tuple) else (self.head, None)
+        return lm_head_sample(self.logits, weight, bias=bias, rows=rows, **options)
+
+    def guided(self, guidance: float) -> HeadOutput:
+        """As of logits, because a head is linear; the states are rounded to their dtype afterwards."""
+        cond, uncond = self.logits.chunk(2)
+        hidden = guide(cond.float(), uncond.float(), guidance).to(cond.dtype)
+        return HeadOutput(hidden, self.head, first=self.first, shift=self.shift)
