@@ -182,7 +182,11 @@ def diffusion_generate(
     x = torch.nn.functional.pad(inputs, (0, config["max_length"] - inputs.shape[1]), value=config["mask_token_id"])
     mask, places = _visible(attention_mask, x.shape[1])
     step = _Step(config, seed, compat, x, places)
-    x = x if tokens_hook is None else tokens_hook(None, x, None)
+    if tokens_hook is not None:
+        x = tokens_hook(None, x, None)
+    else:  # nothing puts masks back, so that columns without any need not be read
+        masks = (x == config["mask_token_id"]).any(0).nonzero()
+        step.first = int(masks[0, 0]) if len(masks) else 0
     times = torch.linspace(1, config["eps"], config["steps"] + 1, device=x.device)
     history = [] if config["return_dict_in_generate"] and config["output_history"] else None
     for i in range(config["steps"]):
@@ -207,7 +211,9 @@ class DreamGenerationMixin:
 
 
 class _Step:
-    """One step of the loop: (tokens, logits) to tokens."""
+    """One step of the loop: (tokens, logits) to tokens; there are masks at columns from ``first`` on only."""
+
+    first = 0
 
     def __init__(self, config: dict, seed, compat: bool, x: Tensor, places: Tensor | None):
         self.alg, self.alg_temp, self.mask_id = config["alg"], config["alg_temp"] or 0.0, config["mask_token_id"]
@@ -259,8 +265,11 @@ class _Step:
         if _fused(logits, self.filters["temperature"], self.seed, self.compat):
             drawing = {} if self.seed is None else dict(seed=self.seed, stream=i)
             options = {**_draw_options(**self.filters), **drawing}
-            found = Output(logits, shift=shift).sample(0, where.shape[1], where, self.ids, confidence=kind, **options)
-            return found.tokens, found.confidence
+            first, last = self.first, where.shape[1]
+            columns = where[:, first:], self.ids[:, first:]
+            found = Output(logits, shift=shift).sample(first, last, *columns, confidence=kind, **options)
+            whole = (None if t is None else torch.nn.functional.pad(t, (first, 0)) for t in found[:2])
+            return tuple(whole)
         if self.seed is not None:
             raise TypeError(f"seed= needs dense logits in float32, bfloat16 or float16; got {logits.dtype}")
         rows, columns = where.nonzero(as_tuple=True)

@@ -90,7 +90,7 @@ def generate(
     edits = editing_threshold is not None
     steps = max(min(steps, gen_length // minimal_topk), 1)
     size = inputs.shape[1]
-    asked = Layout(inputs.to(getattr(model, "device", inputs.device)), gen_length, mask_id=mask_id)
+    asked = Layout(inputs, gen_length, mask_id=mask_id, device=getattr(model, "device", None))
     layout, tails, blocks = block_layout(asked, block_length, mask_id)
     # Without a seed nothing is drawn in the kernel, and none may be taken from the generator that draws as published.
     run = Run(model, layout, mask_id=mask_id, seed=0 if seed is None else seed)

@@ -110,7 +110,8 @@ def block_diffusion_generate(
     if padding is not None and bool((padding == 0).any()):
         raise ValueError("the prompt is padded; genfast.generate_block_diffusion takes prompts of different lengths")
     model.eval()
-    layout, tails, blocks = block_layout(Layout(ids, gen_length, mask_id=mask_id), block_length, mask_id)
+    asked = Layout(ids, gen_length, mask_id=mask_id, device=getattr(model, "device", None))
+    layout, tails, blocks = block_layout(asked, block_length, mask_id)
     # Without a seed nothing is drawn in the kernel, and none may be taken from the generator that draws as published.
     run = Run(model, layout, mask_id=mask_id, seed=0 if seed is None else seed)
     kind, select = strategy(remasking_strategy, confidence_threshold, eb_threshold)

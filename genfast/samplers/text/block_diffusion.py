@@ -69,7 +69,8 @@ def generate_block_diffusion(
             [B, n], counted from a row's first token. With ``cache`` also ``past_key_values``, the cache of the first
             m - n columns (None at first), and ``use_cache=True``; the answer then holds ``past_key_values`` of all m:
             an object with ``crop``, or a tuple of (keys, values). Position i of the logits speaks of token i.
-        prompt, prompt_lengths, pad_id: see :class:`~genfast.samplers.text.layout.Layout`.
+        prompt, prompt_lengths, pad_id: see :class:`~genfast.samplers.text.layout.Layout`; all is moved to
+            ``model.device`` if there is one.
         gen_length: how many tokens to generate.
         steps: per block; ``block_length`` by default. They share a block evenly, the first ones taking the remainder.
         temperature, top_k, top_p: of the draw, see :func:`genfast.sample_tokens`.
@@ -108,7 +109,14 @@ def generate_block_diffusion(
         raise ValueError(f"editing_threshold needs probabilities, which remasking={remasking!r} does not look at")
     if editing_threshold is not None and remasking.startswith("entropy"):
         raise ValueError("editing_threshold goes with probabilities, and entropy_bounded looks at entropies")
-    asked = Layout(prompt, gen_length, mask_id=mask_id, pad_id=pad_id, prompt_lengths=prompt_lengths)
+    asked = Layout(
+        prompt,
+        gen_length,
+        mask_id=mask_id,
+        pad_id=pad_id,
+        prompt_lengths=prompt_lengths,
+        device=getattr(model, "device", None),
+    )
     layout, tails, blocks = block_layout(asked, block_length, mask_id, pad_id)
     run = Run(model, layout, mask_id=mask_id, seed=seed, generator=generator, offset=offset, callback=callback)
     confidence, select = strategy(remasking, threshold, eb_threshold)

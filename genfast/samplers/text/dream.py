@@ -52,7 +52,8 @@ def generate_dream(
     Args:
         model: ``model(ids, attention_mask=...)``, the mask int64 [B, L] and given only where rows are padded; position
             i of its logits [B, L, V] speaks of token i + 1.
-        prompt, prompt_lengths, pad_id: see :class:`~genfast.samplers.text.layout.Layout`.
+        prompt, prompt_lengths, pad_id: see :class:`~genfast.samplers.text.layout.Layout`; all is moved to
+            ``model.device`` if there is one.
         gen_length: how many tokens to generate.
         temperature, top_p, top_k: of the draw, see :func:`genfast.sample_tokens`.
         alg: which positions a step unmasks: ``"origin"``, any; or those of the largest confidence in the tempered and
@@ -84,7 +85,14 @@ def generate_dream(
         raise ValueError(f"eps must be in (0, 1), got {eps}")
     if alg_temp is not None and (alg == "origin" or not alg_temp >= 0):
         raise ValueError(f"alg_temp must not be negative, and does nothing with alg='origin'; got {alg_temp}, {alg!r}")
-    layout = Layout(prompt, gen_length, mask_id=mask_id, pad_id=pad_id, prompt_lengths=prompt_lengths)
+    layout = Layout(
+        prompt,
+        gen_length,
+        mask_id=mask_id,
+        pad_id=pad_id,
+        prompt_lengths=prompt_lengths,
+        device=getattr(model, "device", None),
+    )
     if layout.attention_mask is not None and bool((layout.pad == layout.start).any()):
         raise ValueError("a prompt is empty and others are not: its first token would be read from padding's logits")
 
@@ -142,9 +150,7 @@ def unmasking_steps(run: Run, first: int, last: int, times: np.ndarray) -> Tenso
     if run.generator is not None:
         u = torch.rand(shape, generator=run.generator, device=run.generator.device, dtype=torch.float64).to(device)
     else:
-        per_row = isinstance(run.seed, Tensor) and run.seed.dim() == 1
-        ids = run.layout.row_ids(torch.arange(first, last, device=device), run.offset, per_row)
-        u = uniforms(run.seed, ids, 0)
+        u = uniforms(run.seed, run.ids(first, last), 0)
     rising = torch.tensor(times[1:-1][::-1].copy(), dtype=torch.float64, device=device)
     return len(rising) - torch.searchsorted(rising, u, right=True)
 
