@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -59,10 +60,11 @@ def simpler_models(corpus: Corpus) -> dict[str, float]:
     return bits
 
 
-def known_words(text: str, corpus: Corpus) -> float:
-    """Share of the letters of ``text`` that stand in words of the training text; cut words at both ends left out."""
+def known_words(texts: Iterable[str], corpus: Corpus) -> float:
+    """Share of the letters of ``texts`` that stand in words of the training text; the last word of a text, which may
+    have been cut, is left out."""
     known = set(re.findall(r"[a-z]+", decode(corpus.train)))
-    words = [word for line in text.split("\n\n") for word in re.findall(r"[a-z]+", line)[:-1]]
+    words = [word for text in texts for word in re.findall(r"[a-z]+", text)[:-1]]
     return sum(len(word) for word in words if word in known) / max(1, sum(map(len, words)))
 
 
