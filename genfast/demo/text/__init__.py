@@ -93,7 +93,7 @@ def entries() -> list[Entry]:
 
 def block_steps(steps: int) -> int:
     """Steps of a block, of those of a whole text."""
-    return max(1, steps * BLOCK // LENGTH)
+    return -(-steps * BLOCK // LENGTH)
 
 
 class Timed:

@@ -103,6 +103,7 @@ class Network(nn.Module):
         self.head = nn.Linear(width, MASK)
         nn.init.normal_(self.embedding.weight, std=0.5)
         nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
 
     def forward(
         self,
