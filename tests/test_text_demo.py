@@ -17,7 +17,7 @@ from genfast.demo.text.data import ALPHABET, MASK, VOCABULARY, decode, encode, l
 from genfast.demo.text.network import BLOCK, LENGTH, Network, block_diffusion_mask, log_score  # noqa: E402
 from genfast.demo.text.optimizer import orthogonal  # noqa: E402
 from genfast.demo.text.quality import bits_per_character, known_words, simpler_models  # noqa: E402
-from genfast.demo.text.train import train  # noqa: E402
+from genfast.demo.text.train import fast_bfloat16, train  # noqa: E402
 
 TITLES = ["LLaDA", "SEDD", "MDLM", "block diffusion"]
 FILES = ["llada", "sedd", "mdlm", "block_diffusion"]
@@ -79,8 +79,7 @@ def test_quick_demo(tmp_path, capsys, small_corpus):
         assert 0 <= float(ours) <= 1 and 0 <= float(theirs) <= 1
     for name in FILES:
         written = (tmp_path / f"{name}.txt").read_text()
-        assert "_" not in written.replace("_", "", 0) or set(written) <= set(ALPHABET)
-        assert written.count("return the") >= 4
+        assert set(written) <= set(ALPHABET) and written.count("return the") >= 4
     panels = [pictures.Panel(title, ["x" * LENGTH] * text.SHOWN, [[1] * LENGTH] * text.SHOWN, 1) for title in TITLES]
     picture = image.open(tmp_path / "unmasking.png")
     assert picture.size == pictures.size(panels)
@@ -118,7 +117,7 @@ def test_paragraphs_are_prose():
         "another paragraph, (with brackets) and a number 7.",
     ]
     assert decode(encode(ALPHABET)) == ALPHABET and len(ALPHABET) + 1 == VOCABULARY
-    assert decode(torch.tensor([3, MASK])) == "b_"
+    assert decode(torch.tensor([3, MASK])) == "b\N{LIGHT SHADE}"
 
 
 def test_corpus_is_deterministic_and_disjoint(tmp_path, corpus):
@@ -148,7 +147,7 @@ def test_bits_of_an_untrained_network_and_of_a_trained_one(corpus):
         assert bits_per_character(net, corpus.held_out, blocks, windows=16) == pytest.approx(6, abs=1e-5)
     simple = simpler_models(corpus)
     assert list(simple.values())[:3] == sorted(list(simple.values())[:3], reverse=True)
-    net = train(corpus, 30, 0, demo._progress)
+    net = train(corpus, 30, 0, demo._progress, fast_bfloat16())
     for blocks in (False, True):
         assert 2 < bits_per_character(net, corpus.held_out, blocks, windows=32) < 4.6
 
@@ -284,10 +283,11 @@ def test_eager_blocks_are_the_fused_sampler(untied, monkeypatch):
 def test_eager_and_fused_follow_the_same_law(entry):
     """Characters of a network that says the same everywhere: chi-square, a false alarm of 1e-4 each at other seeds."""
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    temperature = text.TEMPERATURE[entry.file]
 
     def constant(ids, past_key_values=None, **_):
         logits = torch.full((*ids.shape, VOCABULARY), -torch.inf)
-        logits[..., :4] = p.log()
+        logits[..., :4] = p.log() * temperature
         return text.network.Answer(logits, None)
 
     rows, room = 64, 32

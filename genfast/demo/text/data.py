@@ -41,7 +41,7 @@ def encode(text: str) -> Tensor:
     return torch.tensor([ALPHABET.index(c) for c in text], dtype=torch.int64)
 
 
-def decode(ids: Tensor, mask: str = "_") -> str:
+def decode(ids: Tensor, mask: str = "\N{LIGHT SHADE}") -> str:
     """The text of ids [N]; ``mask`` stands for what is masked still."""
     return "".join((ALPHABET + mask)[i] for i in ids.tolist())
 

@@ -38,7 +38,7 @@ def llada(model: Callable, x: Tensor, start: int, steps: int, temperature: float
     return x
 
 
-def mdlm(model: Callable, x: Tensor, start: int, steps: int, generator: torch.Generator) -> Tensor:
+def mdlm(model: Callable, x: Tensor, start: int, steps: int, temperature: float, generator: torch.Generator) -> Tensor:
     """Sahoo et al. 2024: a masked character gets one with probability (m_t - m_s) / m_t; what is there stays.
 
     The model is asked again only after a step that changed something.
@@ -48,7 +48,7 @@ def mdlm(model: Callable, x: Tensor, start: int, steps: int, generator: torch.Ge
     p = None
     for m, following in pairwise(chances):
         if p is None:
-            p = _substituted(model(x).logits, x)
+            p = _substituted(model(x).logits / temperature, x)
         q = p * (m - following)
         q[..., MASK] = following
         new = torch.where(x == MASK, _draw(q, generator), x)

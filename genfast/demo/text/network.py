@@ -143,15 +143,15 @@ class Network(nn.Module):
         return Answer(F.pad(logits, (0, 1), value=-torch.inf), cache)
 
 
-def log_score(network: Network) -> Callable[[Tensor, Tensor], Tensor]:
+def log_score(network: Network, temperature: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
     """SEDD's model of log p_sigma(y) / p_sigma(x) at masked positions: log p(y) - log(e^sigma - 1), 0 for the mask.
 
-    A masked character has been y with probability p(y) e^-sigma to one that it is masked with 1 - e^-sigma.
+    At noise sigma a character is still y with probability p(y) e^-sigma, and masked with 1 - e^-sigma.
     """
 
     def model(ids: Tensor, sigma: Tensor, **options) -> Tensor:
         logits = network(ids, **options).logits
-        score = logits.log_softmax(-1) - torch.expm1(sigma).log()[:, None, None]
+        score = (logits / temperature).log_softmax(-1) - torch.expm1(sigma).log()[:, None, None]
         score[..., MASK] = 0
         return score
 

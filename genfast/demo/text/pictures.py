@@ -37,7 +37,7 @@ def size(panels: Sequence[Panel]) -> tuple[int, int]:
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
-    """One panel below the other, each with its texts in cells; a line break shows as a pilcrow. Legend first."""
+    """One panel below the other, each with its texts in cells, a line break as an arrow; a legend first."""
     from PIL import Image, ImageDraw, ImageFont
 
     page = Image.new("RGB", size(panels), "white")
@@ -59,8 +59,11 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
                 x, y = MARGIN + i % COLUMNS * CELL, top + i // COLUMNS * LINE
                 fill = colour((step - 1) / max(1, panel.steps - 1)) if step else PROMPT
                 pen.rectangle([x, y, x + CELL - 1, y + LINE - 1], fill=fill)
-                shown = "\N{PILCROW SIGN}" if character == "\n" else character
-                pen.text((x + (CELL - font.getlength(shown)) / 2, y + 1), shown, fill="black", font=font)
+                if character == "\n":
+                    pen.line([(x + 9, y + 5), (x + 9, y + 13), (x + 3, y + 13)], fill="black")
+                    pen.line([(x + 6, y + 10), (x + 3, y + 13), (x + 6, y + 16)], fill="black")
+                else:
+                    pen.text((x + (CELL - font.getlength(character)) / 2, y + 1), character, fill="black", font=font)
             top += _lines(text) * LINE + GAP
     page.save(path)
 
