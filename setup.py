@@ -34,8 +34,10 @@ ISA_FLAGS = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512bf16": f"{AVX512} -mavx512bf16",
+    "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
-"""Instruction sets with a module of their own. Another set is one more line here, and one in genfast/backends.py."""
+"""Instruction sets with a module of their own. Another set is one more line here, one in genfast/backends.py, and its
+detection in csrc/cpu/module.cpp."""
 
 CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 

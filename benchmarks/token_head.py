@@ -115,7 +115,7 @@ def head_case(device, rows: int, entries: int, depth: int, name: str, temperatur
         ],
         bytes=entries * depth * 2,
         output_bytes=rows * 12,
-        bars=(Bar("extra_bytes", at_most=max(logits_bytes // 20, 2**20)),) if on_cpu else (),
+        bars=(Bar("extra_bytes", at_most=max(logits_bytes // 20, 2**21)),) if on_cpu else (),
         backend=f"{backend} {backends.cpu_isa()}" if on_cpu else backend,
         allowed=1e-5,
         counts=lambda: {"product_ms": 2 * rows * entries * depth / peak(device) * 1e3},

@@ -2,6 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <optional>
 #include <tuple>
 
@@ -88,6 +96,19 @@ void words(uint64_t seed, uint64_t block, uint32_t sample, uint32_t stream, uint
   }
 }
 
+// Whether the CPU multiplies tiles of bfloat16, and Linux lets this process keep tiles.
+bool tile_unit() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool bf16 = d >> 22 & 1, tiles = d >> 24 & 1;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return bf16 && tiles && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> found{"base"};
 #if defined(__x86_64__)
@@ -97,7 +118,9 @@ std::vector<std::string> supported_isas() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2) found.push_back("avx2");
   if (avx512) found.push_back("avx512");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16) found.push_back("avx512bf16");
+  if (bf16 && tile_unit()) found.push_back("amx");
 #endif
   return found;
 }

@@ -240,6 +240,7 @@ int head_threads(int64_t count, int64_t size, int64_t depth) {
 void head_partials(const HeadArgs& a) {
   const int64_t bytes = head_workspace(a.count);
   parallel_for(a.threads, a.threads, [&](int64_t from, int64_t to) {
+    const TileUnit held;
     for (int64_t t = from; t < to; t++) {
       const uintptr_t start = ((uintptr_t)(a.workspace + t * bytes) + 63) & ~(uintptr_t)63;
       Workspace* space = new (reinterpret_cast<void*>(start)) Workspace;
@@ -288,7 +289,7 @@ struct Merge {
     for (int64_t i = 0; i < n; i++) sum += shares[i] = high_product((uint64_t)mass[i] << 2, (uint64_t)e[i]);
     uint64_t target = high_product(u, sum);
     int64_t tile = 0;
-    while (target >= shares[tile]) target -= shares[tile++];
+    while (tile + 1 < n && target >= shares[tile]) target -= shares[tile++];
     return tile;
   }
 };

@@ -89,8 +89,8 @@ def lm_head_sample(
 ) -> TokenSample:
     """A token and a confidence per row of hidden states: the head's matrix product and the draw in one.
 
-    No logits are stored: beside the outputs there are 12 to 36 bytes per row and 512 entries of the vocabulary, and
-    a buffer per thread. The weight is read once for some hundred rows. It is not differentiable.
+    No logits are stored: beside the outputs there are 8 to 36 bytes per row and 512 entries of the vocabulary, and on
+    the CPU a buffer of at most half a mebibyte per thread. It is not differentiable.
 
     Args:
         hidden: [..., L, d], [R, d] or [d], the last hidden states after the final norm; float32, bfloat16 or float16.
