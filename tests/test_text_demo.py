@@ -69,11 +69,10 @@ def test_quick_demo(tmp_path, capsys, small_corpus):
     whole, blocks = bits["whole texts (LLaDA, SEDD, MDLM)"], bits["blocks of 16 (block diffusion)"]
     # Sixty steps have begun to look at neighbours.
     assert 2 < whole < bits["characters' frequencies"] and 2 < blocks < bits["characters' frequencies"]
-    rows = re.findall(
-        r"^(\w.*?) +(\d+) +([\d,]+) +([\d,]+) +(\d+)% .* ([\d.]+)x +([\d.]+) +([\d.]+)$", said, re.MULTILINE
-    )
+    numbers = r"^(\w.*?) +(\d+) +([\d,]+) +([\d,]+) +(\d+)% +\d+% +\d+ +\d+ +[\d.]+x +([\d.]+) +([\d.]+)$"
+    rows = re.findall(numbers, said, re.MULTILINE)
     assert [row[0] for row in rows] == TITLES
-    for _, calls, fused, plain, share, _, ours, theirs in rows:
+    for _, calls, fused, plain, share, ours, theirs in rows:
         assert 0 < int(calls) <= 40 and int(share) > 10
         assert int(fused.replace(",", "")) > 0 and int(plain.replace(",", "")) > 0
         assert 0 <= float(ours) <= 1 and 0 <= float(theirs) <= 1
@@ -95,6 +94,15 @@ def test_prompts_that_cannot_be_continued(capsys):
         with pytest.raises(SystemExit):
             demo.main(arguments)
         assert arguments[-2] in capsys.readouterr().err
+
+
+def test_a_machine_without_text(monkeypatch, capsys):
+    def nothing():
+        raise data.NoText("there is none")
+
+    monkeypatch.setattr(text, "load_corpus", nothing)
+    assert demo.main(["--text"]) == 2
+    assert "there is none" in capsys.readouterr().err
 
 
 def test_paragraphs_are_prose():
@@ -135,7 +143,7 @@ def test_corpus_is_deterministic_and_disjoint(tmp_path, corpus):
         train_, held_out = (set(decode(part).split("\n")) - {""} for part in (found.train, found.held_out))
         assert train_ and held_out and not train_ & held_out
         assert found.documents[0] / found.documents[1] == pytest.approx(data.HELD_OUT - 1, rel=0.2)
-    with pytest.raises(RuntimeError, match="documentation strings"):
+    with pytest.raises(data.NoText, match="documentation strings"):
         load_corpus(tmp_path / "test")
 
 

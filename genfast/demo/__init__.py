@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _text(arguments, parser: argparse.ArgumentParser) -> int:
     from genfast.demo import text
+    from genfast.demo.text.data import NoText
 
     arguments.prompt = arguments.prompt or ""
     if arguments.samples is None:
@@ -99,8 +100,12 @@ def _text(arguments, parser: argparse.ArgumentParser) -> int:
         text.check_prompt(arguments.prompt)
     except ValueError as error:
         parser.error(f"--prompt: {error}")
-    with backend(arguments.backend) if arguments.backend else contextlib.nullcontext():
-        text.run(arguments, _progress)
+    try:
+        with backend(arguments.backend) if arguments.backend else contextlib.nullcontext():
+            text.run(arguments, _progress)
+    except NoText as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

@@ -178,9 +178,9 @@ def _write(net: Network, corpus: Corpus, prompt: str, arguments) -> None:
     print(f"{known_words([decode(corpus.held_out)], corpus):.2f}")
     print("(with 64 characters to choose from the network takes most of the time; `genfast bench token_sampling` times")
     print("the samplers' own work at the sizes of real vocabularies)")
-    row = "{:<16} {:>6} {:>14} {:>14} {:>13} {:>13} {:>8} {:>9} {:>11}"
-    print(row.format("", "calls", "fused char/s", "eager char/s", "network", "outside, ms", "", "", "words"))
-    print(row.format("", "", "", "", "fused  eager", "fused  eager", "ratio", "", "fused eager"), flush=True)
+    row = "{:<16} {:>6} {:>13} {:>13} {:>14} {:>16} {:>6} {:>13}"
+    print(row.format("", "calls", "fused char/s", "eager char/s", "network's part", "outside it, ms", "ratio", "words"))
+    print(row.format("", "", "", "", "fused   eager", "fused   eager", "", "fused   eager"), flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     panels = []
     for entry in entries():
@@ -209,11 +209,10 @@ def _write(net: Network, corpus: Corpus, prompt: str, arguments) -> None:
                 model.calls,
                 f"{len(ids) * room / whole[0]:,.0f}",
                 f"{len(ids) * room / whole[1]:,.0f}",
-                "  ".join(f"{1 - o / w:5.0%}" for o, w in zip(outside, whole)),
-                "  ".join(f"{1000 * o:5.0f}" for o in outside),
+                "".join(f"{1 - o / w:>7.0%}" for o, w in zip(outside, whole)),
+                "".join(f"{1000 * o:>8.0f}" for o in outside),
                 f"{outside[1] / outside[0]:.1f}x",
-                "",
-                "  ".join(f"{known_words(written, corpus):.2f}" for written in (begun, others)),
+                "".join(f"{known_words(written, corpus):>7.2f}" for written in (begun, others)),
             ),
             flush=True,
         )

@@ -26,6 +26,10 @@ _NOT_PROSE = re.compile(r">>>|^\s*[-=~+|]{4,}\s*$|\s{3,}\S", re.MULTILINE)
 _SKIPPED = re.compile(r"(^|/)(tests?|idle_test|site-packages|dist-packages|turtledemo|lib2to3|__pycache__|config-.*)/")
 
 
+class NoText(RuntimeError):
+    """There is not enough text on this machine to learn from."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Paragraphs that begin and end with a newline, as int64 ids [N]: of the training documents and of the others."""
@@ -59,7 +63,7 @@ def load_corpus(root: Path | None = None) -> Corpus:
     seen: set[str] = set()
     parts = [_join(part, seen) for part in (held_out, train)]
     if min(map(len, parts)) < 1000:
-        raise RuntimeError(
+        raise NoText(
             f"genfast demo --text learns from the documentation strings of Python's standard library, and there are "
             f"next to none in {root or sysconfig.get_path('stdlib')}"
         )

@@ -83,7 +83,7 @@ class Layer(nn.Module):
         k, v = extend(k, v)
         # Written out: at this size, in bfloat16 on a CPU, this is twice as fast as PyTorch's fused attention.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        bias = F.embedding(distance, self.bias).movedim(-1, -3).to(scores.dtype)
+        bias = F.embedding(distance, self.bias).movedim(-1, -3).to(scores.dtype).contiguous()
         if mask is not None:
             bias = bias.masked_fill(~mask, torch.finfo(scores.dtype).min)
         seen = (scores + bias).softmax(-1).to(v.dtype) @ v
