@@ -10,7 +10,8 @@ TRITON := "triton==3.9.0; python_version >= '3.11'" "triton==3.8.0; python_versi
 # By itself too: of what it asks for (torchvision, wandb, kornia, ...), the samplers need next to nothing.
 K_DIFFUSION := k-diffusion==0.1.1.post1
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-KERNEL_TESTS := $(addprefix $(CURDIR)/,tests/test_sampler_step.py tests/test_random.py)
+KERNEL_TESTS := $(addprefix $(CURDIR)/tests/test_,sampler_step.py random.py token_sampling.py token_transfer.py \
+	token_head.py token_transition.py token_masking.py)
 
 .PHONY: demo test bench lint build wheel sanitize test-torch-compat clean
 

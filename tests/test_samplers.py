@@ -759,7 +759,7 @@ def test_progress(capsys, monkeypatch):
     sampler(lambda x, t: x, x, progress=True)
     assert "ddim" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    monkeypatch.setattr(module, "_bar_missing_said", False)
+    monkeypatch.setattr("genfast.samplers.progress._bar_missing_said", False)
     with pytest.warns(UserWarning, match="needs tqdm"):
         sampler(lambda x, t: x, x, progress=True)
     with warnings.catch_warnings():
