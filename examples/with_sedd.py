@@ -31,7 +31,7 @@ def main(argv=None) -> dict[str, float]:
     found = report(f"get_pc_sampler, {options.steps} analytic steps", text)
     text = get_pc_sampler(Absorbing(MASK), LogLinearNoise(), **sizes, seed=1)(log_scores)
     report("the same, drawn in the kernel", text)
-    common = dict(length=options.length, mask_id=MASK, seed=1)
+    common = dict(gen_length=options.length, mask_id=MASK, seed=1)
     sample = genfast.generate_mdlm(Chain(), options.rows, predictor="first_hitting", **common)
     report(f"genfast.generate_mdlm, first hitting, {sample.evaluations} calls of the model", sample.tokens)
     sample = genfast.generate_mdlm(Chain(), 1, steps=1000, **common)

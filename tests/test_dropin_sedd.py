@@ -73,7 +73,7 @@ def test_seeded_in_the_kernel_it_is_generate_sedd(graph):
     sampler = ours.get_pc_sampler(GRAPHS[graph](), ours.LogLinearNoise(), (4, 9), "analytic", 6, seed=3)
     own = dict(mask_id=SIZE - 1) if graph == "absorb" else dict(graph="uniform", vocab_size=SIZE)
     whole = sampler(model)
-    assert torch.equal(whole, genfast.generate_sedd(model, 4, length=9, steps=6, seed=3, **own).tokens)
+    assert torch.equal(whole, genfast.generate_sedd(model, 4, gen_length=9, steps=6, seed=3, **own).tokens)
     part = ours.get_pc_sampler(GRAPHS[graph](), ours.LogLinearNoise(), (2, 9), "analytic", 6, seed=3, offset=1)
     assert torch.equal(part(model), whole[1:3])
     fresh = ours.get_pc_sampler(

@@ -68,7 +68,7 @@ styles = pytest.mark.parametrize("style", STYLES, ids=["first_hitting", "ancestr
 def test_cached_is_uncached(style, kind, prompt):
     prompt = torch.randint(0, 11, (3, prompt), generator=torch.Generator().manual_seed(prompt))
     model = Blockwise(kind=kind)
-    common = dict(length=11, block_size=4, mask_id=11, seed=4, nucleus_p=0.9, **style)
+    common = dict(gen_length=11, block_length=4, mask_id=11, seed=4, nucleus_p=0.9, **style)
     cached = genfast.generate_bd3lm(model, prompt, **common)
     # What is finished is seen once: with the first pass over the next block.
     assert all(before % 4 == 0 and count in (4, 8) for before, count in model.seen[1:])
@@ -85,7 +85,7 @@ def test_cached_is_uncached(style, kind, prompt):
 
 def test_the_context_is_bounded():
     model = Blockwise()
-    got = genfast.generate_bd3lm(model, 2, length=16, block_size=4, mask_id=11, cache=False, context=8, seed=0)
+    got = genfast.generate_bd3lm(model, 2, gen_length=16, block_length=4, mask_id=11, cache=False, context=8, seed=0)
     assert [count for _, count in model.seen] == [4] * 4 + [8] * 12 and not (got.tokens == 11).any()
 
 
@@ -95,7 +95,7 @@ def joint_model(ids, **_):
 
 def test_first_hitting_draws_from_the_joint_distribution():
     """15000 samples of two blocks: exact conditionals make the law exact."""
-    got = genfast.generate_bd3lm(joint_model, 15000, length=4, block_size=2, mask_id=2, cache=False, seed=3)
+    got = genfast.generate_bd3lm(joint_model, 15000, gen_length=4, block_length=2, mask_id=2, cache=False, seed=3)
     chi_square(torch.bincount(JOINT.index(got.tokens, 2), minlength=16), JOINT.p)
 
 
@@ -108,7 +108,7 @@ def test_law_of_ancestral_sampling():
     states = JOINT.states
     law = chain(JOINT, (states, (states == 2).all(1).double()), [step(1), step(2 / 3), step(1 / 3)])
     got = genfast.generate_bd3lm(
-        joint_model, 15000, length=4, block_size=4, mask_id=2, cache=False, seed=3, first_hitting=False, steps=3
+        joint_model, 15000, gen_length=4, block_length=4, mask_id=2, cache=False, seed=3, first_hitting=False, steps=3
     )
     law = law.clamp_min(0) * (states != 2).all(1)  # 1/3 - 1/3 is rounded
     chi_square(torch.bincount(JOINT.index(got.tokens), minlength=len(states)), law)
@@ -122,7 +122,7 @@ def test_nucleus_leaves_out_the_token_that_crosses(style):
         def model(ids, **_):
             return torch.nn.functional.pad(law.log(), (0, 1), value=9.0).expand(*ids.shape, 5)
 
-        common = dict(length=12, block_size=4, mask_id=4, cache=False, seed=0, **style)
+        common = dict(gen_length=12, block_length=4, mask_id=4, cache=False, seed=0, **style)
         return set(genfast.generate_bd3lm(model, 40, nucleus_p=p, **common).tokens.flatten().tolist())
 
     assert tokens(0.4) == tokens(0.7) == {0}
@@ -133,7 +133,7 @@ def test_nucleus_leaves_out_the_token_that_crosses(style):
 @pytest.mark.parametrize("cache", [True, False])
 def test_rows_depend_on_nothing_but_their_seed(style, cache):
     prompts = [torch.arange(n) % 10 for n in (6, 1, 9, 4)]
-    common = dict(length=9, block_size=4, mask_id=11, pad_id=10, cache=cache, **style)
+    common = dict(gen_length=9, block_length=4, mask_id=11, pad_id=10, cache=cache, **style)
     whole = genfast.generate_bd3lm(Blockwise(), prompts, seed=3, **common)
     assert whole.tokens.shape == (4, 18) and whole.start == 9 and whole.pad.tolist() == [3, 8, 0, 5]
     for b, prompt in enumerate(prompts):
@@ -149,7 +149,7 @@ def test_rows_depend_on_nothing_but_their_seed(style, cache):
 def test_a_generator_decides():
     def run(seed):
         g = torch.Generator().manual_seed(seed)
-        return genfast.generate_bd3lm(Blockwise(), 2, length=8, block_size=4, mask_id=11, generator=g).tokens
+        return genfast.generate_bd3lm(Blockwise(), 2, gen_length=8, block_length=4, mask_id=11, generator=g).tokens
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
 
@@ -164,7 +164,7 @@ def test_rows_end_at_the_end_of_sequence():
         return answer
 
     prompts = [torch.tensor([0, 5]), torch.tensor([3])]
-    common = dict(length=30, block_size=4, mask_id=11, seed=1)
+    common = dict(gen_length=30, block_length=4, mask_id=11, seed=1)
     free = genfast.generate_bd3lm(ends, prompts, **common)
     length = len(calls)
     calls.clear()
@@ -190,7 +190,7 @@ def test_degenerate_rows_are_cut():
         return torch.where(varied, logits, logits + torch.nn.functional.one_hot(torch.tensor(7), 12) * 30)
 
     common = dict(
-        length=31, block_size=4, mask_id=11, cache=False, seed=1, eos_id=0, min_entropy=1.2, entropy_window=12
+        gen_length=31, block_length=4, mask_id=11, cache=False, seed=1, eos_id=0, min_entropy=1.2, entropy_window=12
     )
     got = genfast.generate_bd3lm(model, torch.tensor([[1], [2]]), **common)
     assert (got.tokens[0] != 0).all()
@@ -206,13 +206,13 @@ def test_entropy():
 
 
 def test_empty():
-    got = genfast.generate_bd3lm(Blockwise(), torch.tensor([[1, 2]]), length=0, block_size=2, mask_id=11)
+    got = genfast.generate_bd3lm(Blockwise(), torch.tensor([[1, 2]]), gen_length=0, block_length=2, mask_id=11)
     assert got.tokens.tolist() == [[1, 2]] and got.evaluations <= 1
-    assert genfast.generate_bd3lm(Blockwise(), 0, length=4, block_size=2, mask_id=11).tokens.shape == (0, 4)
+    assert genfast.generate_bd3lm(Blockwise(), 0, gen_length=4, block_length=2, mask_id=11).tokens.shape == (0, 4)
 
 
 REFUSALS = [
-    (dict(block_size=0), "block_size must be"),
+    (dict(block_length=0), "block_length must be"),
     (dict(steps=3), "steps goes with"),
     (dict(first_hitting=False), "steps goes with"),
     (dict(min_entropy=1.0), "min_entropy needs"),
@@ -225,10 +225,10 @@ REFUSALS = [
 @pytest.mark.parametrize("changes, message", REFUSALS, ids=[m for _, m in REFUSALS])
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
-        genfast.generate_bd3lm(Blockwise(), 2, **{**dict(length=8, block_size=4, mask_id=11), **changes})
+        genfast.generate_bd3lm(Blockwise(), 2, **{**dict(gen_length=8, block_length=4, mask_id=11), **changes})
 
 
 def test_a_model_without_a_cache():
     model = Blockwise(kind="none")
     with pytest.raises(ValueError, match="no past_key_values"):
-        genfast.generate_bd3lm(model, 1, length=8, block_size=4, mask_id=11)
+        genfast.generate_bd3lm(model, 1, gen_length=8, block_length=4, mask_id=11)

@@ -36,7 +36,7 @@ def test_a_generator_gives_the_published_tokens(predictor):
     x = torch.where(x == size - 1, logits.argmax(-1), x)
     g = torch.Generator().manual_seed(3)
     got = genfast.generate_mdlm(
-        model, 4, length=9, steps=steps, predictor=predictor, eps=eps, generator=g, mask_id=size - 1
+        model, 4, gen_length=9, steps=steps, predictor=predictor, eps=eps, generator=g, mask_id=size - 1
     )
     assert torch.equal(got.tokens, x)
 
@@ -51,14 +51,16 @@ def test_joint_law_of_ancestral_sampling():
 
     law = chain(JOINT, MASKED, [step(t) for t in times])
     got = genfast.generate_mdlm(
-        JOINT.logits, 15000, length=3, steps=2, eps=eps, mask_id=JOINT.mask, denoise=False, seed=1
+        JOINT.logits, 15000, gen_length=3, steps=2, eps=eps, mask_id=JOINT.mask, denoise=False, seed=1
     )
     chi_square(counts(got.tokens), law)
 
 
 def test_first_hitting_draws_from_the_joint_distribution():
     """15000 samples; one position at a time with exact conditionals is exact."""
-    got = genfast.generate_mdlm(JOINT.logits, 15000, length=3, predictor="first_hitting", mask_id=JOINT.mask, seed=1)
+    got = genfast.generate_mdlm(
+        JOINT.logits, 15000, gen_length=3, predictor="first_hitting", mask_id=JOINT.mask, seed=1
+    )
     chi_square(counts(got.tokens)[JOINT.index(JOINT.texts)], JOINT.p)
     assert (got.order.sort(1).values == torch.tensor([1, 2, 3])).all()
     orders = torch.bincount((got.order.long() * torch.tensor([9, 3, 1])).sum(1))
@@ -69,7 +71,7 @@ def test_first_hitting_draws_from_the_joint_distribution():
 def test_stay_probability():
     """200000 positions stay masked with probability m(s) / m(t): five standard errors."""
     got = genfast.generate_mdlm(
-        lambda x: torch.zeros(*x.shape, 4), 1000, length=200, steps=3, eps=0.2, mask_id=3, denoise=False, seed=4
+        lambda x: torch.zeros(*x.shape, 4), 1000, gen_length=200, steps=3, eps=0.2, mask_id=3, denoise=False, seed=4
     )
     left = [(got.order == 0).double().mean() + (got.order > step).double().mean() for step in (1, 2, 3)]
     for found, expected in zip(left, (1 - 0.8 / 3, 1 - 1.6 / 3, 0.2)):
@@ -77,7 +79,7 @@ def test_stay_probability():
 
 
 def test_caching_saves_calls_and_nothing_else():
-    size, common = 11, dict(length=10, steps=60, mask_id=10, seed=3)
+    size, common = 11, dict(gen_length=10, steps=60, mask_id=10, seed=3)
     plain, cached = Mixer(size), Mixer(size)
     a = genfast.generate_mdlm(plain, 2, predictor="ddpm", **common)
     b = genfast.generate_mdlm(cached, 2, predictor="ddpm_cache", **common)
@@ -91,7 +93,7 @@ def test_caching_saves_calls_and_nothing_else():
 def test_rows_depend_on_nothing_but_their_seed(predictor):
     model = Mixer(13)
     steps = None if predictor == "first_hitting" else 5
-    common = dict(length=6, steps=steps, mask_id=12, pad_id=0, predictor=predictor)
+    common = dict(gen_length=6, steps=steps, mask_id=12, pad_id=0, predictor=predictor)
     prompts = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5, 6])]
     given = torch.tensor([[-1] * 6, [-1, 3, -1, -1, 2, -1], [0] * 6])
     whole = genfast.generate_mdlm(model, prompts, seed=7, given=given, **common)
@@ -113,7 +115,7 @@ def test_windows_slide():
 
     prompt = torch.tensor([[1, 2], [3, 4]])
     common = dict(mask_id=10, steps=6, seed=2, predictor="ddpm")
-    got = genfast.generate_mdlm(model, prompt, length=15, window=8, stride=4, **common)
+    got = genfast.generate_mdlm(model, prompt, gen_length=15, window=8, stride=4, **common)
     assert {x.shape[1] for x in seen} == {8} and not (got.tokens == 10).any()
     # Every window begins with what the one before has left, and its new columns masked.
     starts = [torch.cat([prompt, torch.full((2, 6), 10)], 1)]
@@ -121,7 +123,7 @@ def test_windows_slide():
         starts.append(torch.cat([got.tokens[:, first : first + 8 - new], torch.full((2, new), 10)], 1))
     calls = [next(k for k, x in enumerate(seen) if torch.equal(x, start)) for start in starts]
     assert calls == sorted(calls) and len(set(calls)) == 4
-    alone = genfast.generate_mdlm(model, prompt, length=6, **common)
+    alone = genfast.generate_mdlm(model, prompt, gen_length=6, **common)
     assert torch.equal(alone.tokens, got.tokens[:, :8])
 
 
@@ -133,12 +135,12 @@ def test_a_model_that_knows_the_time():
         return Mixer(6)(x, sigma)
 
     common = dict(mask_id=5, seed=1, time_conditioning=True)
-    genfast.generate_mdlm(model, 3, length=4, steps=4, predictor="ddpm", **common)
+    genfast.generate_mdlm(model, 3, gen_length=4, steps=4, predictor="ddpm", **common)
     expected = [-torch.log1p(-torch.tensor(1 - 1e-3) * t) for t in torch.linspace(1, 1e-5, 5)]
     for sigma, e in zip(seen, expected):
         assert sigma.dtype == torch.float32 and torch.allclose(sigma, e.expand(3), rtol=1e-4)
     seen.clear()
-    genfast.generate_mdlm(model, 3, length=4, predictor="first_hitting", **common)
+    genfast.generate_mdlm(model, 3, gen_length=4, predictor="first_hitting", **common)
     sigma = torch.stack(seen)
     assert (sigma[1:] < sigma[:-1]).all() and len(set(sigma[0].tolist())) == 3
 
@@ -161,7 +163,7 @@ def test_temperature_and_nucleus():
 
     def tokens(**options):
         options.setdefault("predictor", "first_hitting")
-        return genfast.generate_mdlm(model, 50, length=20, mask_id=4, seed=0, **options).tokens
+        return genfast.generate_mdlm(model, 50, gen_length=20, mask_id=4, seed=0, **options).tokens
 
     assert set(tokens(top_p=0.7).flatten().tolist()) == {0, 1}
     assert (tokens(temperature=0.0) == 0).all()
@@ -185,10 +187,10 @@ REFUSALS = [
 @pytest.mark.parametrize("changes, message", REFUSALS, ids=[m for _, m in REFUSALS])
 def test_refusals(changes, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        genfast.generate_mdlm(Mixer(6), 2, **{**dict(length=4, steps=3, mask_id=5), **changes})
+        genfast.generate_mdlm(Mixer(6), 2, **{**dict(gen_length=4, steps=3, mask_id=5), **changes})
 
 
 def test_windows_refuse_padding():
     prompts = [torch.tensor([1]), torch.tensor([1, 2])]
     with pytest.raises(ValueError, match="prompts of one length"):
-        genfast.generate_mdlm(Mixer(6), prompts, length=9, steps=3, mask_id=5, window=4, stride=2)
+        genfast.generate_mdlm(Mixer(6), prompts, gen_length=9, steps=3, mask_id=5, window=4, stride=2)

@@ -53,7 +53,7 @@ def test_a_generator_gives_the_published_tokens(graph, predictor, noise):
     got = genfast.generate_sedd(
         scores,
         4,
-        length=9,
+        gen_length=9,
         steps=7,
         predictor=predictor,
         noise=noise,
@@ -83,7 +83,7 @@ def test_joint_law_of_the_samples(graph, predictor):
     got = genfast.generate_sedd(
         scores,
         15000,
-        length=3,
+        gen_length=3,
         steps=2,
         predictor=predictor,
         eps=eps,
@@ -109,7 +109,7 @@ def test_many_steps_reach_the_data():
 @pytest.mark.parametrize("graph", ["absorb", "uniform"])
 def test_rows_depend_on_nothing_but_their_seed(graph):
     model = Mixer(13)
-    common = dict(length=6, steps=5, pad_id=0, **options(graph, 13))
+    common = dict(gen_length=6, steps=5, pad_id=0, **options(graph, 13))
     prompts = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5, 6])]
 
     def run(prompt, **other):
@@ -140,12 +140,12 @@ def test_infilling_keeps_what_is_given(graph):
         return Mixer(9)(x, sigma)
 
     prompt = torch.tensor([[1, 2], [2, 1]])
-    got = genfast.generate_sedd(model, prompt, length=8, steps=6, given=given, seed=1, **options(graph, 9))
+    got = genfast.generate_sedd(model, prompt, gen_length=8, steps=6, given=given, seed=1, **options(graph, 9))
     for x in (*seen, got.tokens):
         assert torch.equal(x[:, :2], prompt)
         assert torch.equal(x[:, 2:][given >= 0], given[given >= 0])
     assert (got.order[:, 2:][given >= 0] == 0).all() and (got.order[:, :2] == 0).all()
-    again = genfast.generate_sedd(model, prompt, length=8, steps=6, given=given[0], seed=1, **options(graph, 9))
+    again = genfast.generate_sedd(model, prompt, gen_length=8, steps=6, given=given[0], seed=1, **options(graph, 9))
     assert (again.tokens[:, 4] == 3).all()
 
 
@@ -154,7 +154,7 @@ def test_uniform_start_is_uniform():
     got = genfast.generate_sedd(
         lambda x, sigma: torch.zeros(*x.shape, 7).scatter(-1, x[..., None], 30.0),
         10000,
-        length=6,
+        gen_length=6,
         steps=1,
         graph="uniform",
         vocab_size=7,
@@ -166,7 +166,9 @@ def test_uniform_start_is_uniform():
 
 
 def test_without_the_last_step_masks_may_stay():
-    got = genfast.generate_sedd(JOINT.absorb_scores, 50, length=3, steps=2, mask_id=3, eps=0.3, denoise=False, seed=0)
+    got = genfast.generate_sedd(
+        JOINT.absorb_scores, 50, gen_length=3, steps=2, mask_id=3, eps=0.3, denoise=False, seed=0
+    )
     assert (got.tokens == 3).any() and (got.tokens != 3).any()
     assert ((got.order == 0) == (got.tokens == 3)).all()
 
@@ -176,7 +178,7 @@ def test_callback_sees_every_step():
     got = genfast.generate_sedd(
         Mixer(6),
         2,
-        length=4,
+        gen_length=4,
         steps=3,
         mask_id=5,
         seed=0,
@@ -221,7 +223,7 @@ REFUSALS = [
 @pytest.mark.parametrize("changes, message", REFUSALS, ids=[m for _, m in REFUSALS])
 def test_refusals(changes, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        genfast.generate_sedd(Mixer(6), 2, **{**dict(length=4, steps=3, mask_id=5), **changes})
+        genfast.generate_sedd(Mixer(6), 2, **{**dict(gen_length=4, steps=3, mask_id=5), **changes})
     with pytest.raises(ValueError, match="sigma_min"):
         genfast.GeometricNoise(1.0, 0.5)
     with pytest.raises(ValueError, match="eps must be"):

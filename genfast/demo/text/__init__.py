@@ -59,11 +59,11 @@ def entries() -> list[Entry]:
         )
 
     def sedd(model, prompt, room, steps, seed):
-        return generate_sedd(model, prompt, length=room, steps=steps, mask_id=MASK, seed=seed)
+        return generate_sedd(model, prompt, gen_length=room, steps=steps, mask_id=MASK, seed=seed)
 
     def mdlm(model, prompt, room, steps, seed):
         return generate_mdlm(
-            model, prompt, length=room, steps=steps, temperature=TEMPERATURE["mdlm"], mask_id=MASK, seed=seed
+            model, prompt, gen_length=room, steps=steps, temperature=TEMPERATURE["mdlm"], mask_id=MASK, seed=seed
         )
 
     def block_diffusion(model, prompt, room, steps, seed):

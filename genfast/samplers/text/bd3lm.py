@@ -24,8 +24,8 @@ def generate_bd3lm(
     model: Callable,
     prompt: Tensor | Sequence[Tensor] | int,
     *,
-    length: int,
-    block_size: int,
+    gen_length: int,
+    block_length: int,
     mask_id: int,
     first_hitting: bool = True,
     steps: int | None = None,
@@ -60,11 +60,11 @@ def generate_bd3lm(
             ``use_cache`` are given too; see ``genfast/samplers/text/cache.py``.
         prompt: int64 [B, P], a list of int64 [P] of different lengths, or a number of rows without a prompt. BD3-LM
             was trained on text that begins with its begin-of-sequence token: prompt with it.
-        length: how many tokens to generate after each row's prompt.
-        block_size: positions in a block.
+        gen_length: how many tokens to generate after each row's prompt.
+        block_length: positions in a block.
         mask_id: the id of the mask token.
         first_hitting: unmask the positions of a block one at a time, in random order (Zheng et al.,
-            arXiv:2409.02908): the law of infinitely many steps at block_size calls of the model.
+            arXiv:2409.02908): the law of infinitely many steps at block_length calls of the model.
         steps: without ``first_hitting``, the steps of a block, at even times from 1 to 0. The model is called again
             only after a step that changed a token; the last step leaves no mask.
         nucleus_p: draw among the likeliest tokens whose probabilities add up to at most this; the token with which the
@@ -94,19 +94,19 @@ def generate_bd3lm(
     Source: Arriola et al., "Block diffusion: interpolating between autoregressive and diffusion language models"
     (arXiv:2503.09573).
     """
-    for name, value in (("block_size", block_size), ("entropy_window", entropy_window)):
+    for name, value in (("block_length", block_length), ("entropy_window", entropy_window)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive whole number, got {value!r}")
     if first_hitting == (steps is not None):
         raise ValueError("steps goes with first_hitting=False, and only with it: first hitting takes one per position")
     if min_entropy is not None and eos_id is None:
         raise ValueError("min_entropy needs eos_id, which fills a row that is done")
-    if context is not None and (cache or context < block_size):
-        raise ValueError(f"context needs cache=False and at least block_size = {block_size} columns, got {context}")
+    if context is not None and (cache or context < block_length):
+        raise ValueError(f"context needs cache=False and at least block_length = {block_length} columns, got {context}")
     stay = None if first_hitting else [*levels(noise, steps, 0.0).stay[:-1], 0.0]
-    layout = _Blocks(prompt, length, block_size, mask_id, pad_id, prompt_lengths, device)
+    layout = _Blocks(prompt, gen_length, block_length, mask_id, pad_id, prompt_lengths, device)
     total = layout.x.shape[1]
-    rounds = total - layout.start if first_hitting else steps * -(-(total - layout.start) // block_size)
+    rounds = total - layout.start if first_hitting else steps * -(-(total - layout.start) // block_length)
     with bar("generate_bd3lm", rounds, progress) as advance:
         run = Run(
             model,
@@ -119,15 +119,15 @@ def generate_bd3lm(
             advance=advance,
         )
         if context is not None:
-            source = _Window(run, block_size, context)
+            source = _Window(run, block_length, context)
         else:
-            source = (Cached if cache else Recomputed)(run, block_size)
+            source = (Cached if cache else Recomputed)(run, block_length)
         draw = dict(temperature=temperature, top_p=nucleus_p, top_p_crossing=False)
-        begin = layout.start // block_size * block_size
-        for first in range(begin, total, block_size):
-            last = first + block_size
+        begin = layout.start // block_length * block_length
+        for first in range(begin, total, block_length):
+            last = first + block_length
             # Not the number of steps made: that depends on what the whole batch needed.
-            run.stream = first if first_hitting else first // block_size * steps
+            run.stream = first if first_hitting else first // block_length * steps
             if first_hitting:
                 _first_hitting(run, source, first, last, draw)
             else:
@@ -145,15 +145,15 @@ class _Blocks(Layout):
         last: int64 [B], where a row's last block ends; what lies behind belongs to rows with longer prompts.
     """
 
-    def __init__(self, prompt, length, block_size, mask_id, pad_id, prompt_lengths, device):
+    def __init__(self, prompt, length, block_length, mask_id, pad_id, prompt_lengths, device):
         super().__init__(prompt, length, mask_id=mask_id, pad_id=pad_id, prompt_lengths=prompt_lengths, device=device)
         self.rows, self.shift, self.text = self.x, self.pad, self.start
         batch, columns = self.rows.shape
         self.ends = self.start - self.shift
         self.start = int(self.ends.min()) if batch else 0
-        self.last = (self.ends + length + block_size - 1) // block_size * block_size
+        self.last = (self.ends + length + block_length - 1) // block_length * block_length
         self.pad, self.attention_mask = torch.zeros_like(self.shift), None
-        places = torch.arange(-(-columns // block_size) * block_size, device=self.rows.device)
+        places = torch.arange(-(-columns // block_length) * block_length, device=self.rows.device)
         moved = (places + self.shift[:, None]).clamp_max(max(columns - 1, 0))
         prompts = self.rows.gather(1, moved) if columns else self.rows
         self.x = torch.where(places < self.ends[:, None], prompts, mask_id)
@@ -170,8 +170,8 @@ class _Blocks(Layout):
 class _Window(Recomputed):
     """Logits of a block from a pass over the last ``context`` columns up to its end, as if the text began there."""
 
-    def __init__(self, run: Run, block_size: int, context: int):
-        super().__init__(run, block_size)
+    def __init__(self, run: Run, block_length: int, context: int):
+        super().__init__(run, block_length)
         self.context = context
 
     def __call__(self, first: int, last: int) -> Output:

@@ -23,7 +23,7 @@ def generate_mdlm(
     model: Callable,
     prompt: Tensor | Sequence[Tensor] | int,
     *,
-    length: int,
+    gen_length: int,
     mask_id: int,
     steps: int | None = None,
     predictor: str = "ddpm_cache",
@@ -55,7 +55,7 @@ def generate_mdlm(
             that begins with them; ``model(x, sigma)``, sigma float32 [B], with ``time_conditioning``; both take
             ``attention_mask`` [B, L] where prompts are padded. The mask's own logit is not read.
         prompt: int64 [B, P], a list of int64 [P] of different lengths, or a number of rows without a prompt.
-        length: how many tokens to generate.
+        gen_length: how many tokens to generate.
         mask_id: the id of the mask token.
         steps: how many steps (of every window); needed but for ``"first_hitting"``, which takes one per position.
         predictor: ``"ddpm"``; ``"ddpm_cache"``, the same, but the model is called again only after a step that changed
@@ -69,7 +69,8 @@ def generate_mdlm(
         time_conditioning: tell the model sigma, which excludes ``"ddpm_cache"``.
         window, stride: semi-autoregressive generation past the length that the model knows: the model sees ``window``
             columns, and when they are full the next ones begin ``stride`` columns further on. Not with padded prompts.
-        given: int64 [B, length] or [length]: tokens of the generated part that are known, negative where none is.
+        given: int64 [B, gen_length] or [gen_length]: tokens of the generated part that are known, negative where none
+            is.
         prompt_lengths, pad_id: see :class:`genfast.samplers.text.layout.Layout`.
         seed, generator, offset: see :class:`genfast.samplers.text.run.Run`.
         device: where to work, by default where the prompt is.
@@ -93,10 +94,10 @@ def generate_mdlm(
         raise ValueError("predictor 'ddpm_cache' reuses what a model says; it needs one without time_conditioning")
     table = None if hitting else levels(noise, steps, eps)
     schedule = find_noise(noise)
-    layout = Layout(prompt, length, mask_id=mask_id, pad_id=pad_id, prompt_lengths=prompt_lengths, device=device)
+    layout = Layout(prompt, gen_length, mask_id=mask_id, pad_id=pad_id, prompt_lengths=prompt_lengths, device=device)
     place(layout, given)
     spans = _windows(layout, window, stride)
-    total = length if hitting else len(spans) * (steps + denoise)
+    total = gen_length if hitting else len(spans) * (steps + denoise)
     with bar("generate_mdlm", total, progress) as advance:
         run = Run(
             (lambda ids, sigma, **options: model(ids, sigma, **options)) if time_conditioning else model,

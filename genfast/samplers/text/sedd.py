@@ -24,7 +24,7 @@ def generate_sedd(
     model: Callable,
     prompt: Tensor | Sequence[Tensor] | int,
     *,
-    length: int,
+    gen_length: int,
     steps: int,
     mask_id: int | None = None,
     graph: str = "absorb",
@@ -53,7 +53,7 @@ def generate_sedd(
             log p_sigma(y) / p_sigma(x) at every position (and takes ``attention_mask`` [B, L] where prompts are
             padded).
         prompt: int64 [B, P], a list of int64 [P] of different lengths, or a number of rows without a prompt.
-        length: how many tokens to generate.
+        gen_length: how many tokens to generate.
         steps: how many steps, each one call of the model; ``denoise`` is one more.
         mask_id: the id of the absorbing state (in SEDD the last one); goes with ``graph="absorb"``.
         graph: ``"absorb"``, tokens turn into the mask, or ``"uniform"``, into any token.
@@ -62,8 +62,8 @@ def generate_sedd(
         noise: ``"loglinear"``, ``"geometric"``, or a schedule: ``noise(t)`` answers with (sigma, rate).
         denoise: end with a step that takes out the noise left at ``eps``; without it, masks may be left.
         eps: the time at which the steps end.
-        given: int64 [B, length] or [length]: tokens of the generated part that are known, negative where none is. They
-            are never changed (infilling).
+        given: int64 [B, gen_length] or [gen_length]: tokens of the generated part that are known, negative where none
+            is. They are never changed (infilling).
         prompt_lengths, pad_id: see :class:`genfast.samplers.text.layout.Layout`; on the uniform graph padding is 0.
         seed, generator, offset: see :class:`genfast.samplers.text.run.Run`.
         device: where to work, by default where the prompt is.
@@ -101,7 +101,7 @@ def generate_sedd(
 
     layout = Layout(
         prompt,
-        length,
+        gen_length,
         mask_id=mask_id if absorb else 0,
         pad_id=pad_id,
         prompt_lengths=prompt_lengths,
