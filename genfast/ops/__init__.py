@@ -1,3 +1,3 @@
 """Public ops: signatures, checks and dispatch. The arithmetic is in the backends."""
 
-from genfast.ops import sampler_step, token_masking, token_sampling, token_transfer  # noqa: F401
+from genfast.ops import attention, sampler_step, token_masking, token_sampling, token_transfer  # noqa: F401
