@@ -125,4 +125,5 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_transfer_direct(module);
   register_token_sampling(module);
   register_token_masking(module);
+  register_attention(module);
 }
