@@ -50,6 +50,21 @@ void register_attention(py::module_& module) {
       },
       py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::kw_only(), py::arg("ranges"),
       py::arg("batch_heads"), py::arg("sizes"), py::arg("scale"));
+  module.def(
+      "attention_backward",
+      [](const PyHeads& grad_out, uintptr_t grad_lse, const PyHeads& q, const PyHeads& k, const PyHeads& v,
+         const PyHeads& out, uintptr_t lse, const PyHeads& grad_q, const PyHeads& grad_k, const PyHeads& grad_v,
+         const PyRanges& ranges, const std::tuple<int64_t, int64_t, int64_t>& batch_heads,
+         const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, float scale) {
+        AttentionArgs a = arguments(q, k, v, out, lse, ranges, batch_heads, sizes, scale);
+        a.grad_out = heads(grad_out), a.grad_q = heads(grad_q), a.grad_k = heads(grad_k), a.grad_v = heads(grad_v);
+        a.grad_lse = reinterpret_cast<const float*>(grad_lse);
+        py::gil_scoped_release release;
+        attention_backward(a);
+      },
+      py::arg("grad_out"), py::arg("grad_lse"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+      py::arg("lse"), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::kw_only(), py::arg("ranges"),
+      py::arg("batch_heads"), py::arg("sizes"), py::arg("scale"));
 }
 
 }  // namespace genfast
