@@ -62,9 +62,7 @@ class AttentionMask:
         if begin.shape != lengths.shape:
             raise ValueError(f"start is {list(begin.shape)}, lengths {list(lengths.shape)}; expected the same [B]")
         shape = (len(lengths), q_len)
-        return cls(
-            _joined([(begin[:, None].expand(shape), lengths[:, None].expand(shape))], kv_len), kv_len, "padding"
-        )
+        return cls(_joined([(begin[:, None].expand(shape), lengths[:, None].expand(shape))], kv_len), kv_len, "padding")
 
     @classmethod
     def varlen(cls, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> AttentionMask:
@@ -127,7 +125,9 @@ class AttentionMask:
         total = int(cu[-1])
         own = _documents(cu)
         begin, end = cu[own], cu[own + 1]
-        block_begin = begin + torch.div(torch.arange(total, device=cu.device) - begin, block, rounding_mode="floor") * block
+        block_begin = (
+            begin + torch.div(torch.arange(total, device=cu.device) - begin, block, rounding_mode="floor") * block
+        )
         block_end = torch.minimum(block_begin + block, end)
         # Where a document's x_t and x_0 begin in the row, less where it begins among the documents.
         noised, clean = (begin, end) if interleaved else (torch.zeros_like(begin), torch.full_like(begin, total))
@@ -160,7 +160,9 @@ class AttentionMask:
         if left < 0 or right < 0:
             raise ValueError(f"left and right must not be negative, got {left} and {right}")
         at = torch.arange(q_len, device=device)[None] + q_offset
-        return cls(_joined([(at - left, at + right + 1)], kv_len), kv_len, f"sliding window, {left} before, {right} after")
+        return cls(
+            _joined([(at - left, at + right + 1)], kv_len), kv_len, f"sliding window, {left} before, {right} after"
+        )
 
     @classmethod
     def intervals(
@@ -189,11 +191,13 @@ class AttentionMask:
         """
         if not isinstance(dense, Tensor) or dense.dtype != torch.bool or dense.dim() not in (2, 3):
             raise TypeError("dense must be a bool tensor [Lq, Lk] or [B, Lq, Lk]")
-        dense = dense.reshape(-1, *dense.shape[-2:])
+        dense = dense if dense.dim() == 3 else dense[None]
         before = torch.nn.functional.pad(dense, (1, 0))[..., :-1]
         run = (dense & ~before).cumsum(-1)
         if run.numel() and int(run.max()) > 2:
-            raise ValueError("a row of dense has more than two runs of keys; an AttentionMask has two intervals per row")
+            raise ValueError(
+                "a row of dense has more than two runs of keys; an AttentionMask has two intervals per row"
+            )
         places = torch.arange(dense.shape[-1], device=dense.device)
         pairs = []
         for k in (1, 2):

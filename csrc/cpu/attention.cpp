@@ -119,8 +119,11 @@ void attend(const AttentionArgs& a, const Packed& packed, int64_t b, int64_t h, 
       float* o = w.sum.data() + i * width;
       for (int64_t d = 0; d < width; d += kLanes) store(o + d, load<vf>(o + d) * splat(w.shrink[i]));
     }
-    multiply<true>(Left{w.scores.data(), kKeys, 1}, packed.values.data() + (first_tile + tile) * packed.value_size,
-                   width, w.sum.data(), width, n, width, end - key);
+    // From the first key to the last that a row sees: what lies beyond may be memory that nobody has written.
+    const int64_t from = std::max<int64_t>(sight.begin() - key, 0), to = std::min(end, sight.end()) - key;
+    multiply<true>(Left{w.scores.data() + from, kKeys, 1},
+                   packed.values.data() + (first_tile + tile) * packed.value_size + from * width, width, w.sum.data(),
+                   width, n, width, to - from);
   }
   store_rows(a, b, h, row, n, width, w);
 }

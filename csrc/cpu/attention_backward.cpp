@@ -124,8 +124,10 @@ void walk(const AttentionArgs& a, const Plan& plan, int64_t b, int64_t kv_head, 
                      plan.value_width, kKeys, plan.value_width, n);
       multiply<true>(Left{w.products.data(), 1, kKeys}, w.q.data(), plan.width, w.grad_k.data(), plan.width, kKeys,
                      plan.width, n);
-      multiply<true>(Left{w.products.data(), kKeys, 1}, w.key_rows.data(), plan.width, grad_q + at * plan.width,
-                     plan.width, n, plan.width, kKeys);
+      // As in the forward pass, no key beyond those that a row sees.
+      const int64_t from = std::max<int64_t>(sight.begin() - key, 0), to = std::min(keys, sight.end() - key);
+      multiply<true>(Left{w.products.data() + from, kKeys, 1}, w.key_rows.data() + from * plan.width, plan.width,
+                     grad_q + at * plan.width, plan.width, n, plan.width, to - from);
     }
   for (int64_t i = 0; i < keys; i++) {
     float* dk = w.grad_k.data() + i * plan.width;
@@ -159,6 +161,7 @@ void store_grad_q(const AttentionArgs& a, const Plan& plan, const float* grad_q,
 }  // namespace
 
 void attention_backward(const AttentionArgs& a) {
+  if (a.batch == 0) return;
   const Plan plan(a);
   const int threads = threads_for(a.batch * a.heads * a.q_len * a.kv_len * a.dim, 1 << 18);
   const int64_t size = plan.grad_q_size(a), heads = a.batch * a.kv_heads;

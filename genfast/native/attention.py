@@ -43,9 +43,7 @@ def _arguments(q, k, v, ranges, scale) -> dict:
 
 def _attention(module, q, k, v, *, ranges, scale, out, lse) -> None:
     q, k, v = map(_rows, (q, k, v))
-    module.attention(
-        _heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(), **_arguments(q, k, v, ranges, scale)
-    )
+    module.attention(_heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(), **_arguments(q, k, v, ranges, scale))
 
 
 def _attention_backward(
@@ -53,8 +51,10 @@ def _attention_backward(
 ) -> None:
     grad_out, q, k, v = map(_rows, (grad_out, q, k, v))
     # empty_like follows the strides of its model, which need not have neighbouring numbers in a row.
-    grads = [t if t.stride(3) == 1 or t.shape[3] == 1 else torch.empty_like(t, memory_format=torch.contiguous_format)
-             for t in (grad_q, grad_k, grad_v)]
+    grads = [
+        t if t.stride(3) == 1 or t.shape[3] == 1 else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (grad_q, grad_k, grad_v)
+    ]
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     module.attention_backward(
         _heads(grad_out), address(grad_lse), _heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(),

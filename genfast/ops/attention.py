@@ -218,9 +218,7 @@ def _gradients(ctx, grad_out, grad_lse):
     q, k, v, out, lse, *ranges = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = _attention_backward_op(
-        grad_out, grad_lse, q, k, v, out, lse, ranges[0] if ranges else None, ctx.scale
-    )
+    grads = _attention_backward_op(grad_out, grad_lse, q, k, v, out, lse, ranges[0] if ranges else None, ctx.scale)
     return (*grads, None, None)
 
 

@@ -36,8 +36,10 @@ def scores(q: Tensor, k: Tensor, ranges: Tensor | None, scale: float) -> Tensor:
     return s if ranges is None else s.masked_fill(~visible(ranges, k.shape[2]), -torch.inf)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, ranges: Tensor | None, scale: float, out: Tensor, lse: Tensor) -> None:
-    """See :func:`genfast.attention`: q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]; out and lse are written."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, ranges: Tensor | None, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """See :func:`genfast.attention`; out and lse are written."""
     s = scores(q, k, ranges, scale)
     found = s.logsumexp(-1)
     p = (s - found.masked_fill(found == -torch.inf, 0.0)[..., None]).exp()
