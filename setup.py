@@ -28,10 +28,12 @@ ROOT = Path(__file__).resolve().parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
 ISA_FLAGS = {
     "base": "-march=x86-64",
     "avx2": AVX2,
-    "avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512",
+    "avx512": AVX512,
+    "avx512bf16": f"{AVX512} -mavx512bf16",
 }
 """Instruction sets with a module of their own. Another set is one more line here, and one in genfast/backends.py."""
 

@@ -27,6 +27,7 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
 QUICK_CASES = ("ddim", "guided_rescale_threshold_philox", "on_device")
 QUICK_TOKEN_CASES = ("greedy", "guided_few_rows", "top_k_top_p")
+QUICK_HEAD_CASES = ("head_greedy", "head_draw")
 QUICK_DTYPES = ("fp32+bf16",)
 
 
@@ -140,9 +141,11 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(name, dtypes, call) of every configuration of every family."""
     from genfast.kernels import configurations, token_configurations
     from genfast.kernels.sampler_step import sampler_step
+    from genfast.kernels.token_head import lm_head_partials, merge_head_partials
     from genfast.kernels.token_masking import forward_mask
     from genfast.kernels.token_sampling import sample_tokens
     from genfast.kernels.token_transfer import commit_, select_transfer
+    from genfast.kernels.token_transition import discrete_transition
 
     for case in configurations.CASES:
         for dtypes in configurations.DTYPES:
@@ -152,6 +155,11 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
         for dtype in token_configurations.DTYPES:
             logits, options = token_configurations.arguments(name, dtype)
             yield name, dtype, functools.partial(sample_tokens, logits, **options)
+    for name in token_configurations.HEADS:
+        for dtype in token_configurations.DTYPES:
+            calls = token_configurations.head_arguments(name, dtype)
+            for function, (args, options) in zip((lm_head_partials, merge_head_partials), calls):
+                yield name, dtype, functools.partial(function, *args, **options)
     for name in token_configurations.TRANSFERS:
         args, options = token_configurations.transfer_arguments(name)
         yield name, "fp32", functools.partial(select_transfer, *args, **options)
@@ -160,6 +168,10 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     for name in token_configurations.MASKS:
         x0, options = token_configurations.mask_arguments(name)
         yield name, "fp32", functools.partial(forward_mask, x0, **options)
+    for name in token_configurations.TRANSITIONS:
+        for dtype in token_configurations.DTYPES:
+            args, options = token_configurations.transition_arguments(name, dtype)
+            yield name, dtype, functools.partial(discrete_transition, *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):
@@ -292,7 +304,7 @@ def main(argv=None) -> int:
 
     print(f"{'configuration or file':42} {'kernel':60} {'target':7} {'regs':>5} {'spills':>6} {'shared':>7}")
     if "triton" not in options.skip:
-        quick = (QUICK_CASES + QUICK_TOKEN_CASES, (*QUICK_DTYPES, "bf16"))
+        quick = (QUICK_CASES + QUICK_TOKEN_CASES + QUICK_HEAD_CASES, (*QUICK_DTYPES, "bf16"))
         show(triton_rows(targets, *(quick if options.quick else ())))
     if "cuda" not in options.skip:
         nvcc, wanted = find_nvcc(), [t for t in targets if t in NVIDIA]

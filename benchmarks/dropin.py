@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import peers
+from benchmarks import dropin_tokens, peers
 from benchmarks.harness import Bar, Case, Peer, Plan, Row, Settings
 from benchmarks.rotation import pool
 from benchmarks.sampler_step import LARGE, SMALL, backend_name
@@ -121,7 +121,7 @@ def plans(settings: Settings) -> list[Plan]:
                 name = f"{entry.label}{noise} {size}"
                 count = steps if shape == SMALL else entry.large_steps or steps
                 found.append(Plan(name, functools.partial(case, settings.device, entry, shape, count, seeded)))
-    return found
+    return [*found, *dropin_tokens.plans(settings)]
 
 
 class Loop:

@@ -88,6 +88,8 @@ class Case:
     """The result of call number 0 in float64."""
     copy_dtype: torch.dtype = torch.float32
     """Of the copies that set the floor."""
+    copy_shape: tuple[int, ...] | None = None
+    """Of one such copy; that of the case by default."""
     peers: Sequence[Peer] = ()
     bytes: int = 0
     """What one call must read and write at the least; 0 where nobody has counted it."""
@@ -168,7 +170,7 @@ def measure(family: str, case: Case, settings: Settings) -> list[Row]:
     peer_peaks = [timing.peak_bytes(lambda p=peer: p.run(0), device) for peer in present]
     counts = case.counts() if case.counts else {}
 
-    plain = copies(case.shape, case.copy_dtype, device) if case.bytes else None
+    plain = copies(case.copy_shape or case.shape, case.copy_dtype, device) if case.bytes else None
     runs = [case.run, *(peer.run for peer in present), *(plain.runs.values() if plain else ())]
     times, _ = timing.interleave(
         runs, device, seconds=settings.seconds, least=settings.least_rounds, most=settings.most_rounds

@@ -12,7 +12,7 @@ import functools
 import torch
 
 import genfast
-from benchmarks import token_generate, token_masking
+from benchmarks import token_generate, token_head, token_masking, token_transition
 from benchmarks.harness import Bar, Case, Peer, Plan, Settings
 from benchmarks.published_tokens import MASK_ID, backend_name, draw, greedy, nucleus
 from benchmarks.rotation import pool
@@ -45,6 +45,8 @@ def plans(settings: Settings) -> list[Plan]:
         Plan("select", functools.partial(select_case, device)),
         *token_masking.plans(settings),
         *token_generate.plans(settings),
+        *token_transition.plans(settings),
+        *token_head.plans(settings),
     ]
 
 

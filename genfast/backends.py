@@ -31,12 +31,12 @@ from genfast import profiling
 from genfast._registry import export
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-ISAS = ("base", "avx2", "avx512", "amx")
+ISAS = ("base", "avx2", "avx512", "avx512bf16", "amx")
 """Instruction sets with a native module of their own, weakest first."""
 
 FAMILIES = ("sampler_step", "token_sampling", "attention")
 
-PARTS = {"token_sampling": ("token_sampling", "token_transfer", "token_masking")}
+PARTS = {"token_sampling": ("token_sampling", "token_transfer", "token_masking", "token_transition", "token_head")}
 """The files in which a family of several ops is written, in every layer; by default one of the family's own name."""
 
 # The order in which CUDA tensors are offered to the GPU backends, per family. The design asks for a measurement

@@ -31,7 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_argument("--backend", action="append", help="check this backend only (may be repeated)")
     verify.add_argument("--quick", action="store_true", help="a third of the cases")
 
-    for name, text in (("bench", "run the benchmarks (in a checkout)"), ("demo", "train, sample and draw digits")):
+    for name, text in (
+        ("bench", "run the benchmarks (in a checkout)"),
+        ("demo", "train, sample and draw digits, or write text with --text"),
+    ):
         commands.add_parser(name, help=text, add_help=False)
 
     profile = commands.add_parser(

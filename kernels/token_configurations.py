@@ -61,6 +61,7 @@ def arguments(name: str, dtype: str, size: int = 126464, device: str = "meta") -
 TRANSFERS = {
     "transfer_top": dict(n="tensor"),
     "transfer_threshold": dict(strategy="threshold", threshold=0.9),
+    "transfer_slack": dict(strategy="threshold", threshold=0.9, slack=1e-5),
     "transfer_factor": dict(strategy="factor", factor=0.5),
     "transfer_entropy_bound": dict(strategy="entropy_bound", bound=0.5),
     "transfer_hierarchy": dict(strategy="hierarchy", threshold=0.9, low_threshold=0.4),
@@ -72,8 +73,8 @@ def transfer_arguments(name: str, shape=(8, 1024), device: str = "meta") -> tupl
     """The arguments of a backend's ``select_transfer`` for a case, uninitialised."""
     per_row = torch.empty(shape[0], dtype=torch.int64, device=device)
     options = dict(
-        n=1, strategy="top", threshold=0.0, low_threshold=0.0, strict=False, factor=0.0, accept_last=False, bound=0.0,
-        inclusive=False, start=0, end=shape[1], temperature=0.0, seed=None, stream=0, offset=0,
+        n=1, strategy="top", threshold=0.0, low_threshold=0.0, slack=None, strict=False, factor=0.0, accept_last=False,
+        bound=0.0, inclusive=False, start=0, end=shape[1], temperature=0.0, seed=None, stream=0, offset=0,
     )  # fmt: skip
     options.update((k, per_row if v == "tensor" else v) for k, v in TRANSFERS[name].items())
     options["out"] = torch.empty(shape, dtype=torch.bool, device=device)
@@ -129,3 +130,105 @@ def mask_arguments(name: str, shape=(8, 1024), device: str = "meta") -> tuple[to
         weight=None if options["vocab_size"] else new(torch.float32, *shape),
         times_out=new(torch.float32, batch, blocks),
     )
+
+
+TRANSITIONS = {
+    "transition_jump": dict(),
+    "transition_jump_per_sequence": dict(a="tensor", b="tensor", seed="tensor", active=True, ids=True),
+    "transition_uniform": dict(law="uniform", mask_id=None),
+    "transition_uniform_per_sequence": dict(law="uniform", mask_id=None, a="tensor", b="tensor", seed="tensor"),
+    "transition_posterior": dict(law="posterior"),
+    "transition_posterior_top_p": dict(law="posterior", top_p=0.9, keep_crossing=False),
+    "transition_greedy": dict(law="posterior", temperature=0.0),
+    "transition_jump_gumbel": dict(noise=torch.float32, seed=None),
+    "transition_uniform_gumbel": dict(law="uniform", mask_id=None, noise=torch.float32, seed=None),
+    "transition_posterior_gumbel": dict(law="posterior", top_p=0.9, noise=torch.float64, seed=None),
+}
+
+
+def transition_arguments(name: str, dtype: str, shape=(8, 128, 50258), device: str = "meta") -> tuple[tuple, dict]:
+    """The arguments of a backend's ``discrete_transition`` for a case, uninitialised."""
+    given = dict(TRANSITIONS[name])
+    batch, length, _ = shape
+
+    def new(kind, shape=(batch,)):
+        return torch.empty(shape, dtype=kind, device=device)
+
+    options = dict(
+        law="jump", a=0.5, b=0.5, mask_id=50257, temperature=1.0, top_p=1.0, keep_crossing=True, active=None,
+        noise=None, seed=0, stream=0, offset=0, ids=None, out=new(torch.int64, shape[:2]), changed=new(torch.bool),
+    )  # fmt: skip
+    kinds = dict(a=torch.float64, b=torch.float64, seed=torch.int64)
+    options.update((k, new(kinds[k]) if v == "tensor" else v) for k, v in given.items())
+    if given.get("active"):
+        options["active"] = new(torch.bool, shape[:2])
+    if given.get("ids"):
+        options["ids"] = new(torch.int64, (batch * length,))
+    if options["noise"] is not None:
+        options["noise"] = new(options["noise"], shape)
+    return (new(torch.int64, shape[:2]), new(DTYPES[dtype], shape)), options
+
+
+HEADS = {
+    "head_greedy": {},
+    "head_greedy_few_rows": dict(count=16),
+    "head_greedy_quiet": dict(quiet=True, bias=True, softcap=30.0, suppress=True),
+    "head_draw": dict(scale=True, seed=0),
+    "head_draw_all": dict(
+        scale=True, seed="tensor", judged_scale=True, quiet=True, bias=True, softcap=30.0, suppress=True, rows=True,
+        ids=True, exponentials=True,
+    ),
+}  # fmt: skip
+
+
+def head_arguments(name: str, dtype: str, size: int = 126464, depth: int = 4096, device: str = "meta"):
+    """Those of ``lm_head_partials`` and of ``merge_head_partials`` for a case: (tensors, options) each."""
+    given = dict(HEADS[name])
+    count, tiles = given.pop("count", 256), -(-size // 512)
+
+    def new(kind=torch.float32, shape=(count, tiles)):
+        return torch.empty(shape, dtype=kind, device=device)
+
+    def if_given(key, made):
+        return made if given.get(key) else None
+
+    hidden, weight = new(DTYPES[dtype], (1, count, depth)), new(DTYPES[dtype], (size, depth))
+    int64, row = torch.int64, (count,)
+    scale, judged_scale = if_given("scale", new(shape=row)), if_given("judged_scale", new(shape=row))
+    fields = dict(
+        exponentials=new() if given.get("exponentials") or not given.get("quiet") else None,
+        judged_largest=if_given("quiet", new()),
+        judged_sum=if_given("quiet", new()),
+        judged_logit=new() if given.get("scale") or given.get("quiet") else None,
+        mass=if_given("scale", new(int64)),
+        candidate=if_given("scale", new(torch.int32)),
+        uniform=if_given("scale", new(int64, row)),
+    )
+    seed = given.get("seed")
+    options = dict(
+        fields,
+        bias=if_given("bias", new(shape=(size,))),
+        first=0,
+        scale=scale,
+        judged_scale=judged_scale,
+        suppress=if_given("suppress", new(int64, (2,))),
+        suppress_confidence=if_given("quiet", new(int64, (3,))),
+        softcap=given.get("softcap", 0.0),
+        rows=if_given("rows", new(int64, row)),
+        seed=new(int64, (1,)) if seed == "tensor" else seed,
+        stream=0,
+        offset=0,
+        ids=if_given("ids", new(int64, row)),
+        largest=new(),
+        index=new(torch.int32),
+    )
+    merged = dict(
+        fields,
+        judged_sum=fields["judged_sum"] if given.get("quiet") else fields["exponentials"],
+        scale=scale,
+        judged_scale=judged_scale,
+        tokens=new(int64, row),
+        confidences=new(shape=row),
+        logsumexp=if_given("exponentials", new(shape=row)),
+    )
+    return ((hidden, weight), options), ((new(), new(torch.int32)), merged)

@@ -104,10 +104,10 @@ def rank_kernel(
         tl.store(leaders + row * length + at, tl.where(rivals == 0, 1, 0), mask=at < length)
 
 
-@triton.jit(do_not_specialize=["length", "n", "threshold", "low_threshold", "factor", "bound"])
+@triton.jit(do_not_specialize=["length", "n", "threshold", "low_threshold", "slack", "factor", "bound"])
 def decide_kernel(
-    keys, ranks, sums, leaders, length, counts, n, threshold, low_threshold, factor, bound, out,
-    STRATEGY: tl.constexpr, COUNTS: tl.constexpr, STRICT: tl.constexpr, ACCEPT_LAST: tl.constexpr,
+    keys, ranks, sums, leaders, length, counts, n, threshold, low_threshold, slack, factor, bound, out,
+    STRATEGY: tl.constexpr, COUNTS: tl.constexpr, SLACK: tl.constexpr, STRICT: tl.constexpr, ACCEPT_LAST: tl.constexpr,
     INCLUSIVE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -138,6 +138,16 @@ def decide_kernel(
         if ACCEPT_LAST:
             reached = tl.where(reached == count - 1, count, reached)
         least = tl.maximum(least, reached.to(tl.int64))
+    limit = tl.full((), threshold, tl.float32)
+    if SLACK:
+        best = tl.zeros((TILE,), tl.int64)
+        for first in range(0, length, TILE):
+            at = first + tl.arange(0, TILE)
+            best = tl.maximum(best, tl.load(keys + row * length + at, mask=at < length, other=0))
+        top = tl.max(best, 0)
+        lowest = tl.full((), -3.4028234663852886e38, tl.float32)
+        within = tl.where(top > 0, from_key(top) - slack, lowest)
+        limit = tl.minimum(tl.maximum(within, lowest), limit)
     for first in range(0, length, TILE):
         at = first + tl.arange(0, TILE)
         key = tl.load(keys + row * length + at, mask=at < length, other=0)
@@ -145,9 +155,9 @@ def decide_kernel(
         if (STRATEGY == _THRESHOLD) or (STRATEGY == _HIERARCHY):  # noqa: SIM109
             score = from_key(key)
             if STRICT:
-                chosen = chosen | (score > threshold)
+                chosen = chosen | (score > limit)
             else:
-                chosen = chosen | (score >= threshold)
+                chosen = chosen | (score >= limit)
             if STRATEGY == _HIERARCHY:
                 leads = tl.load(leaders + row * length + at, mask=at < length, other=0) != 0
                 if STRICT:
@@ -195,6 +205,7 @@ def select_transfer(
     strategy: str,
     threshold: float,
     low_threshold: float,
+    slack: float | None,
     strict: bool,
     factor: float,
     accept_last: bool,
@@ -259,11 +270,13 @@ def select_transfer(
         _number(n),
         threshold,
         low_threshold,
+        0.0 if slack is None else slack,
         factor,
         bound,
         out.view(torch.int8),
         STRATEGY=kind,
         COUNTS=isinstance(n, Tensor),
+        SLACK=slack is not None,
         STRICT=strict,
         ACCEPT_LAST=accept_last,
         INCLUSIVE=inclusive,

@@ -99,8 +99,13 @@ def best(confidence, n):
 def llada(
     model, prompt, attention_mask=None, *, steps, gen_length, block_length, temperature=0.0, cfg_scale=0.0,
     remasking="low_confidence", logits_eos_inf=False, confidence_eos_eot_inf=False, generator=None,
+    forbid=False, count_all=False, both_last=False, widen=False,
 ):  # fmt: skip
-    """LLaDA's generate: the aliasing of its confidence option at temperature 0 included."""
+    """LLaDA's generate: the aliasing of its confidence option at temperature 0 included.
+
+    Corrections: ``forbid`` the mask token, ``count_all`` masks, the prompt's too, ``both_last`` EOS and EOT at any
+    temperature, ``widen`` logits to float32.
+    """
     x = start(prompt, gen_length)
     if attention_mask is not None:
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(x), gen_length)], 1)
@@ -108,22 +113,28 @@ def llada(
     per_block = steps // (gen_length // block_length)
     for begin in range(prompt.shape[1], x.shape[1], block_length):
         end = begin + block_length
-        plan = counts(x[:, begin:end] == MASK, per_block)
+        plan = counts(x[:, 0 if count_all else begin : end] == MASK, per_block)
         for i in range(per_block):
             masked = x == MASK
             if cfg_scale > 0:
                 both = torch.cat([x, torch.where(given, MASK, x)])
                 mask = None if attention_mask is None else torch.cat([attention_mask] * 2)
-                logits, uncond = model(both, attention_mask=mask).logits.chunk(2)
+                logits = model(both, attention_mask=mask).logits
+                logits, uncond = (logits.float() if widen else logits).chunk(2)
                 logits = uncond + (cfg_scale + 1) * (logits - uncond)
             else:
                 logits = model(x, attention_mask=attention_mask).logits
             if logits_eos_inf:
                 logits[..., EOS] = -torch.inf
+            logits = logits.float() if widen else logits
             noisy = gumbel(logits, temperature, generator)
-            tokens = noisy.argmax(-1)
+            allowed = noisy.clone()
+            allowed[..., MASK] = -torch.inf if forbid else noisy[..., MASK]
+            tokens = allowed.argmax(-1)
             if confidence_eos_eot_inf:
                 noisy[..., EOS] = logits[..., EOT] = -torch.inf
+                if both_last:
+                    logits[..., EOS] = -torch.inf
             if remasking == "low_confidence":
                 confidence = softmax(logits, -1).gather(-1, tokens[..., None])[..., 0]
             else:
@@ -136,9 +147,16 @@ def llada(
     return x
 
 
-def transfer(logits, temperature, remasking, masked, x, n=None, threshold=None, generator=None):
-    """Fast-dLLM's get_transfer_index: confidences of a float64 softmax."""
-    tokens = gumbel(logits, temperature, generator).argmax(-1)
+def drawn(logits, temperature, generator, forbid):
+    noisy = gumbel(logits, temperature, generator).clone()
+    if forbid:
+        noisy[..., MASK] = -torch.inf
+    return noisy.argmax(-1)
+
+
+def transfer(logits, temperature, remasking, masked, x, n=None, threshold=None, generator=None, forbid=False):
+    """Fast-dLLM's get_transfer_index: confidences of a float64 softmax. ``forbid`` the mask: a correction."""
+    tokens = drawn(logits, temperature, generator, forbid)
     if remasking == "low_confidence":
         confidence = softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
     else:
@@ -154,9 +172,11 @@ def transfer(logits, temperature, remasking, masked, x, n=None, threshold=None, 
     return torch.where(masked, tokens, x), chosen & masked
 
 
-def transfer_dynamic(logits, temperature, remasking, masked, x, factor=1, generator=None, accept_last=True):
+def transfer_dynamic(
+    logits, temperature, remasking, masked, x, factor=1, generator=None, accept_last=True, forbid=False
+):
     """Fast-dLLM's get_transfer_index_dynamic; ``accept_last`` is what it does when only the last one fails."""
-    tokens = gumbel(logits, temperature, generator).argmax(-1)
+    tokens = drawn(logits, temperature, generator, forbid)
     if remasking == "low_confidence":
         confidence = softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
     else:
@@ -178,7 +198,7 @@ def transfer_dynamic(logits, temperature, remasking, masked, x, factor=1, genera
 
 def fast_dllm(
     model, prompt, *, cache=None, steps, gen_length, block_length, temperature=0.0, remasking="low_confidence",
-    threshold=None, factor=None, generator=None, fixed=True, accept_last=True, second_draw=True,
+    threshold=None, factor=None, generator=None, fixed=True, accept_last=True, second_draw=True, forbid=True,
 ):  # fmt: skip
     """Fast-dLLM's three loops. ``fixed``: with the dual cache no more steps than planned; ``second_draw``: with the
     prefix cache every step draws twice."""
@@ -212,11 +232,11 @@ def fast_dllm(
             masked[:, end - first :] = False
             if factor is not None:
                 tokens, chosen = transfer_dynamic(
-                    logits, temperature, remasking, masked, part, factor, generator, accept_last
+                    logits, temperature, remasking, masked, part, factor, generator, accept_last, forbid
                 )
             else:
                 n = plan[:, i] if threshold is None else None
-                tokens, chosen = transfer(logits, temperature, remasking, masked, part, n, threshold, generator)
+                tokens, chosen = transfer(logits, temperature, remasking, masked, part, n, threshold, generator, forbid)
             x[:, first:last] = torch.where(chosen, tokens, part)
             i += 1
     return x, calls

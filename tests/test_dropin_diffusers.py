@@ -15,7 +15,7 @@ from diffusers.utils import logging  # noqa: E402
 from diffusers_peer import Case, compare, model, run  # noqa: E402
 
 import genfast.dropin.diffusers as ours  # noqa: E402
-from genfast.dropin.diffusers.base import peer_class  # noqa: E402
+from genfast.dropin.diffusers.base import Fused, peer_class  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 logging.set_verbosity_error()
@@ -167,7 +167,8 @@ def test_loops(name, data):
 
 
 # PNDM's step is the peer's: it chooses between two that are not.
-STEPPING = [c for _, c in ours.replacements() if hasattr(c, "step") and c.__name__ != "PNDMScheduler"]
+FUSED = [c for _, c in ours.replacements() if issubclass(c, Fused)]
+STEPPING = [c for c in FUSED if hasattr(c, "step") and c.__name__ != "PNDMScheduler"]
 
 
 @pytest.mark.parametrize("cls", STEPPING, ids=lambda c: c.__name__)

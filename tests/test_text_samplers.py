@@ -1,6 +1,7 @@
-"""The samplers of LLaDA and Fast-dLLM, and what every text sampler does: layout, padding, draws, callback, early stop."""
+"""The samplers of LLaDA and Fast-dLLM, and the floor of all text samplers: layout, padding, draws, early stop."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llada_peer import EOS, EOT, MASK, Toy, V, fast_dllm, llada
 
-from genfast import TextSample, generate_fast_dllm, generate_llada
+from genfast import TextSample, backend, generate_fast_dllm, generate_llada
 from genfast.samplers.text.layout import Layout
-from genfast.samplers.text.output import Output, call
+from genfast.samplers.text.output import HeadOutput, Output, call
 from genfast.samplers.text.run import even_counts
 
 NEVER = -1e4
@@ -173,6 +174,15 @@ def test_a_seed_per_row_makes_a_row_its_own(name, remasking):
 
 
 @everywhere
+def test_the_reference_writes_the_same_text(name):
+    model, rows = Toy(9), ragged()
+    for options in (dict(temperature=0.9), dict(remasking="random"), dict(eos_id=EOS)):
+        found = SAMPLERS[name](model, rows, seed=3, **options).tokens
+        with backend("reference"):
+            assert torch.equal(SAMPLERS[name](model, rows, seed=3, **options).tokens, found)
+
+
+@everywhere
 def test_without_a_seed_torchs_default_generator_decides(name):
     model, prompt, texts = Toy(9, mask_logit=NEVER), prompts(2), []
     for seed in (1, 1, 2):
@@ -299,6 +309,56 @@ def test_no_prompt_and_steps_that_would_do_nothing():
     for cache in ("prefix", "dual"):
         options = dict(mask_id=MASK, gen_length=8, block_length=4, temperature=1.0, seed=2, threshold=0.5)
         assert MASK not in generate_fast_dllm(model, 3, cache=cache, **options).tokens
+
+
+class Headless:
+    """A toy that returns hidden states, and its head; ``whole`` makes the logits of it."""
+
+    def __init__(self, seed):
+        self.toy = Toy(seed)
+        self.head = (self.toy.head.T.float().contiguous(), torch.linspace(-1, 1, V))
+
+    def __call__(self, ids, **options):
+        hidden, present = self.toy.hidden(ids, **{k: v for k, v in options.items() if k != "use_cache"})
+        return SimpleNamespace(last_hidden_state=hidden.float(), past_key_values=present)
+
+    def whole(self, ids, **options):
+        answer = self(ids, **options)
+        weight, bias = self.head
+        answer.logits = (answer.last_hidden_state.double() @ weight.T.double() + bias).float()
+        return answer
+
+
+@everywhere
+@pytest.mark.parametrize("options", [{}, dict(cfg_scale=1.5), dict(remasking="random"), dict(suppress=[1, EOS])])
+def test_a_head_apart_from_the_model(name, options):
+    """At temperature 0 the text is that of the logits; the draws are others, but a row's own too."""
+    if name != "llada" and {"cfg_scale", "remasking"} & options.keys():
+        pytest.skip("an option of generate_llada")
+    model, rows = Headless(6), ragged()
+    found = SAMPLERS[name](model, rows, head=model.head, seed=2, **options)
+    assert torch.equal(found.tokens, SAMPLERS[name](model.whole, rows, seed=2, **options).tokens)
+    hot = SAMPLERS[name](model, rows, head=model.head, seed=2, temperature=1.0, **options)
+    assert not torch.equal(hot.tokens, found.tokens) and MASK not in hot.tokens[:, 9:]
+    alone = SAMPLERS[name](model, rows[1][None], head=model.head, seed=2, offset=1, temperature=1.0, **options)
+    assert torch.equal(alone.tokens[0], hot.tokens[1, 5:])
+
+
+def test_a_head_refuses():
+    model = Headless(6)
+    with pytest.raises(ValueError, match="confidence must be"):
+        SAMPLERS["threshold"](model, prompts(), head=model.head, remasking="random")
+    for options, said in ((dict(generator=draws()), "give a seed"), (dict(remasking="margin"), "confidence must be")):
+        with pytest.raises(ValueError, match=said):
+            generate_llada(model, prompts(), head=model.head, mask_id=MASK, **BLOCKS, **options)
+
+
+def test_shifted_hidden_states():
+    hidden = torch.randn(2, 5, 6, generator=draws())
+    head = torch.randn(V, 6, generator=draws(4))
+    ids = Layout(2, 5, mask_id=MASK).row_ids(torch.arange(5), 0, False)
+    found = HeadOutput(hidden, head, shift=True).sample(0, 5, None, ids)
+    assert torch.equal(found.tokens, Output(hidden @ head.T, shift=True).sample(0, 5, None, ids).tokens)
 
 
 @pytest.mark.parametrize(

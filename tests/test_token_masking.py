@@ -68,6 +68,7 @@ def test_the_uniform_graph_of_sedd():
     moved = torch.rand(X0.shape, generator=draw) < ((1 - 1e-3) * t)[:, None]
     tokens = torch.randint(0, 50, X0.shape, generator=draw)
     got = genfast.forward_mask(X0, vocab_size=50, schedule="loglinear", generator=generator())
+    assert torch.equal(got.t, t)
     assert torch.equal(got.mask, moved) and torch.equal(got.x, torch.where(moved, tokens, X0))
     assert got.weight is None
 

@@ -51,6 +51,18 @@ def test_threshold_commits_all_that_reach_it_or_the_best():
     assert torch.equal(got, (MASK & (CONFIDENCE >= 0.95)).scatter(1, best[:, None], True))
 
 
+def test_slack_is_dinfers_rule():
+    """The published threshold: no higher than just below a row's best, in one comparison and without a fallback."""
+    confidence = torch.where(MASK, CONFIDENCE, -torch.inf)
+    confidence[2] *= 0.5
+    for threshold, slack in ((0.9, 1e-5), (0.6, 1e-5), (0.99, 0.05)):
+        limit = (confidence.amax(1) - slack).clamp(-1000, threshold)[:, None]
+        got = genfast.select_transfer(confidence, MASK, 0, strategy="threshold", threshold=threshold, slack=slack)
+        assert torch.equal(got, confidence >= limit)
+    nothing = torch.zeros(1, 5, dtype=torch.bool)
+    assert not genfast.select_transfer(CONFIDENCE[:1, :5], nothing, strategy="threshold", threshold=1, slack=0).any()
+
+
 def test_random_and_perturbed_order():
     """10000 draws of one of 5 positions: chi-square with 4 degrees of freedom, a false alarm once in 10^5 seeds."""
     confidence = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3]).expand(10000, 5)
@@ -87,6 +99,9 @@ def test_commit_writes_in_place_and_counts():
         (dict(threshold=0.5), "threshold"),
         (dict(strategy="hierarchy", threshold=0.5), "low_threshold"),
         (dict(strategy="factor", factor=float("nan")), "factor"),
+        (dict(slack=0.1), "slack"),
+        (dict(strategy="threshold", threshold=0.5, slack=-1e-5), "slack"),
+        (dict(strategy="threshold", threshold=0.5, slack=float("nan")), "slack"),
         (dict(n=1.5), "n must"),
         (dict(n=torch.ones(3, dtype=torch.int64)), "n is"),
         (dict(start=torch.ones(4)), "start"),

@@ -39,7 +39,7 @@ def test_a_few_configurations_of_token_sampling_on_every_target():
 
 
 def test_the_transfer_kernels_on_every_target():
-    names = ("transfer_hierarchy", "transfer_entropy_bound", "transfer_perturbed", "commit")
+    names = ("transfer_hierarchy", "transfer_entropy_bound", "transfer_perturbed", "transfer_slack", "commit")
     rows = compile_without_spills(names, ["fp32"])
     assert {row.kernel for row in rows} == {"score_kernel", "rank_kernel", "decide_kernel", "commit_kernel"}
 
@@ -47,6 +47,17 @@ def test_the_transfer_kernels_on_every_target():
 def test_the_masking_kernels_on_every_target():
     rows = compile_without_spills(("mask_blocks", "mask_count_uniform"), ["fp32"])
     assert {row.kernel for row in rows} == {"mask_kernel", "word_kernel", "count_kernel"}
+
+
+def test_the_transition_kernel_on_every_target():
+    names = ("transition_jump", "transition_uniform", "transition_posterior_top_p")
+    rows = compile_without_spills(names, ["bf16"])
+    assert {row.kernel for row in rows} == {"transition_kernel"} and len(rows) == 3 * len(compile_report.TARGETS)
+
+
+def test_the_head_kernels_on_every_target():
+    rows = compile_without_spills(compile_report.QUICK_HEAD_CASES, ["bf16"])
+    assert {row.kernel for row in rows} == {"partial_kernel", "merge_kernel"}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
 
 import genfast
-from genfast.checks import token_masking, token_transfer
+from genfast.checks import token_masking, token_transfer, token_transition
 from genfast.checks import token_sampling as checks
 
 kernels = pytest.importorskip("genfast.kernels.token_sampling")
@@ -58,6 +58,11 @@ class TestKernels:
     def test_masking(self):
         with genfast.backend("triton"):
             assert [c.name for c in token_masking.cases() if token_masking.check(c, DEVICE) != (0, 0)] == []
+
+    def test_transition(self):
+        cases = token_transition.cases(quick=not HAS_GPU)
+        with genfast.backend("triton"):
+            assert [c.name for c in cases if token_transition.check(c, DEVICE) != (0, 0)] == []
 
     def test_cuda_graph(self):
         x = torch.randn(8, 4, 5000, device="cuda").bfloat16()

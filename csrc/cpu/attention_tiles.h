@@ -10,7 +10,7 @@
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
 #include "cpu/small_gemm.h"
-#include "cpu/token_rows.h"
+#include "cpu/token_math.h"
 
 namespace genfast {
 namespace {

@@ -97,6 +97,7 @@ std::vector<std::string> supported_isas() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2) found.push_back("avx2");
   if (avx512) found.push_back("avx512");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back("avx512bf16");
 #endif
   return found;
 }
@@ -126,4 +127,5 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_token_sampling(module);
   register_token_masking(module);
   register_attention(module);
+  register_token_head(module);
 }

@@ -6,9 +6,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/exp2_constants.h"
 #include "cpu/dtype.h"
 #include "cpu/philox.h"
+#include "cpu/token_math.h"
 
 namespace genfast {
 namespace {
@@ -16,9 +16,7 @@ namespace {
 constexpr int64_t kTile = 4096;
 constexpr int64_t kChunk = 256;  // entries whose weights are added before the draw looks closer
 constexpr int64_t kGrain = 1 << 15;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLn2 = 0.693147180559945309417;
-constexpr float kLog2E = 1.44269504088896340736f;
 
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 
@@ -42,100 +40,6 @@ inline vf load_logits(const char* p, int64_t i) {
   }
 }
 
-// b where a is NaN.
-inline vf larger(vf a, vf b) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
-#elif defined(__SSE2__)
-  return (vf)_mm_max_ps((__m128)a, (__m128)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-inline vf smaller(vf a, vf b) { return a < b ? a : b; }
-
-inline bool any(vi mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#else
-  int32_t all = 0;
-  for (int k = 0; k < kLanes; k++) all |= mask[k];
-  return all != 0;
-#endif
-}
-
-// Whether a NaN was seen.
-struct NaNs {
-#if defined(__AVX512F__)
-  __mmask16 seen = 0;
-  void look(vf a, vf b) { seen |= _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q); }
-  bool any() const { return seen != 0; }
-#else
-  vi seen{};
-  void look(vf a, vf b) { seen |= (a != a) | (b != b); }
-  bool any() const { return genfast::any(seen); }
-#endif
-};
-
-// 2^(d c) as p 2^n, d <= 0; t is the exponent, not below kLowest.
-inline vf exp2_parts(vf d, vf c, vf& t, vi& n) {
-  t = larger(d * c, splat(kExp2Lowest));
-  const vf big = t + splat(kRoundToInteger);
-  const vf r = t - (big - splat(kRoundToInteger));
-  n = as_int(big) - as_int(splat(kRoundToInteger));
-  vf p = splat(kExp2P[6]);
-  for (int k = 5; k >= 0; k--) p = fma_exact(p, r, splat(kExp2P[k]));
-  return p;
-}
-inline vf times_power(vf p, vi n) { return as_float(as_int(p) + (n << 23)); }
-
-// 2^K 2^(d c) before truncation, which is exact in the conversion that follows.
-inline vf weight(vf d, vf c, vi bits) {
-  vf t;
-  vi n;
-  const vf p = exp2_parts(d, c, t, n);
-  return times_power(p, n + bits);
-}
-
-// Sums of truncated floats below 2^61, exact.
-struct WholeSum {
-#if defined(__AVX512DQ__)
-  __m512i low = _mm512_setzero_si512(), high = low;
-  void add(vf x) {
-    low = _mm512_add_epi64(low, _mm512_cvttps_epi64(_mm512_castps512_ps256((__m512)x)));
-    high = _mm512_add_epi64(high, _mm512_cvttps_epi64(_mm512_extractf32x8_ps((__m512)x, 1)));
-  }
-  uint64_t total() const { return (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)); }
-#else
-  // No conversion to 64 bits here: x = 2^31 high + low, both of which are exact.
-  vq low{}, high{};
-  static vq halves(vi v) { return ((vq)v & 0xFFFFFFFFull) + ((vq)v >> 32); }
-  void add(vf x) {
-    const vi top = __builtin_convertvector(x * splat(0x1p-31f), vi);
-    high += halves(top);
-    low += halves(__builtin_convertvector(x - to_float(top) * splat(0x1p31f), vi));
-  }
-  uint64_t total() const {
-    uint64_t h = 0, l = 0;
-    for (int k = 0; k < kLanes / 2; k++) h += high[k], l += low[k];
-    return (h << 31) + l;
-  }
-#endif
-};
-
-inline double total(vf v) {
-  double sum = 0;
-  for (int k = 0; k < kLanes; k++) sum += (double)v[k];
-  return sum;
-}
-inline float largest(vf v) {
-  float m = v[0];
-  for (int k = 1; k < kLanes; k++) m = v[k] > m ? v[k] : m;
-  return m;
-}
-
 // What is left of a row by top-p and top-k: entries above `cut`, and those equal to it before index `ties_end`.
 struct Filter {
   float cut = -kInfinity;
@@ -153,7 +57,17 @@ struct Row {
   const Filter* filter;
   const char* next = nullptr;  // the row that this thread reads after this one
 
-  bool plain() const { return !uncond && first_suppressed == last_suppressed && first_quiet == last_quiet && !filter; }
+  // Whether entries [first, first + n) are those in memory.
+  bool plain(int64_t first, int64_t n) const {
+    return !uncond && !filter && !holds(first_suppressed, last_suppressed, first, n) &&
+           !holds(first_quiet, last_quiet, first, n);
+  }
+
+  static bool holds(const int64_t* from, const int64_t* to, int64_t first, int64_t n) {
+    if (from == to) return false;
+    const int64_t* id = std::lower_bound(from, to, first);
+    return id != to && *id < first + n;
+  }
 
   void fill(int64_t first, int64_t n, float* to) const {
     load_run(data + first * size_of(dtype), dtype, n, to);
@@ -181,12 +95,11 @@ struct Row {
   // the row being -inf. body returns whether to go on.
   template <class Body>
   void tiles(const Body& body, int64_t from = 0) const {
-    const bool direct = plain();
     alignas(64) float buffer[kTile];
     for (int64_t first = from; first < size; first += kTile) {
       const int64_t n = std::min(kTile, size - first);
       bool more;
-      if (direct && n % kLanes == 0) {
+      if (n % kLanes == 0 && plain(first, n)) {
         const char* p = data + first * size_of(dtype);
         more = dtype == kFloat32    ? body(std::integral_constant<int, kFloat32>{}, p, first, n)
                : dtype == kBFloat16 ? body(std::integral_constant<int, kBFloat16>{}, p, first, n)
@@ -306,12 +219,37 @@ Sums add_exponentials(const Row& row, float m, float c) {
   return sums;
 }
 
-inline double exponential(float x, float m, float c) {
-  const double t = ((double)x - (double)m) * (double)c;
-  return std::exp2(t);
-}
+// What is taken off every weight: an entry has v - value where v > value, else nothing.
+struct Floor {
+  uint64_t value = 0;
+  float least = 1.0f;  // the least v that leaves something
 
-inline int64_t draw(const Row& row, float m, float c, int bits, const std::vector<uint64_t>& ends, uint64_t target) {
+  Floor() = default;
+  explicit Floor(uint64_t off) : value(off), least((float)(off + 1)) {
+    if ((uint64_t)least < off + 1) least = std::nextafter(least, kInfinity);
+  }
+  uint64_t left(float v) const { return v >= least ? (uint64_t)v - value : 0; }
+};
+
+// The sum of what is left.
+struct FlooredSum {
+  WholeSum whole;
+  vi taken{};
+  void add(vf v, const Floor& floor) {
+    const vi more = v >= splat(floor.least);
+    whole.add((vf)((vi)v & more));
+    taken -= more;
+  }
+  uint64_t total(const Floor& floor) const {
+    uint64_t count = 0;
+    for (int k = 0; k < kLanes; k++) count += (uint64_t)taken[k];
+    return whole.total() - count * floor.value;
+  }
+};
+
+// The entry whose running sum is the first to exceed `target`, `ends` being the sums at the end of each tile.
+inline int64_t draw(const Row& row, float m, float c, int bits, const std::vector<uint64_t>& ends, uint64_t target,
+                    const Floor& floor = Floor()) {
   const int64_t tile = std::upper_bound(ends.begin(), ends.end(), target) - ends.begin();
   uint64_t left = target - (tile ? ends[tile - 1] : 0);
   int64_t found = -1;
@@ -321,19 +259,19 @@ inline int64_t draw(const Row& row, float m, float c, int bits, const std::vecto
         for (int64_t from = 0; from < n; from += kChunk) {
           const int64_t to = std::min(n, from + kChunk);
           alignas(64) float v[kChunk];
-          WholeSum whole;
+          FlooredSum chunk;
           for (int64_t i = from; i < to; i += kLanes) {
             const vf x = weight(load_logits<dt>(p, i) - splat(m), splat(c), exponent);
-            whole.add(x);
+            chunk.add(x, floor);
             store(v + i - from, x);
           }
-          const uint64_t sum = whole.total();
+          const uint64_t sum = chunk.total(floor);
           if (left >= sum) {
             left -= sum;
             continue;
           }
           for (int64_t i = from; i < to; i++) {
-            const uint64_t w = (uint64_t)v[i - from];
+            const uint64_t w = floor.left(v[i - from]);
             if (left < w) {
               found = first + i;
               return false;
@@ -346,8 +284,6 @@ inline int64_t draw(const Row& row, float m, float c, int bits, const std::vecto
       tile * kTile);
   return found;
 }
-
-inline uint64_t high_product(uint64_t u, uint64_t total) { return (uint64_t)((unsigned __int128)u * total >> 64); }
 
 // The four Philox words of one block of a sample.
 inline void row_words(uint64_t seed, uint32_t sample, uint32_t stream, uint32_t block, uint32_t to[4]) {

@@ -64,6 +64,7 @@ struct SelectArgs {
   PerRow n, start, end;
   int strategy = kTop;
   float threshold = 0, low_threshold = 0;
+  float slack = -1;  // below 0: none
   bool strict = false;
   double factor = 0;
   bool accept_last = false;
@@ -91,5 +92,52 @@ struct CommitArgs {
 };
 
 void commit(const CommitArgs& args);
+
+enum Law : int { kJump, kUniform, kPosterior };
+
+// A float64 for all sequences, or one for each.
+struct PerSequence {
+  const double* values = nullptr;
+  double value = 0;
+  double operator[](int64_t sequence) const { return values ? values[sequence] : value; }
+};
+
+// int64 or bool [batch, length] of any strides.
+template <class T>
+struct States {
+  T* data = nullptr;
+  int64_t sequence_stride = 0, position_stride = 0;
+  T& at(int64_t sequence, int64_t position) const {
+    return data[sequence * sequence_stride + position * position_stride];
+  }
+};
+
+struct TransitionArgs {
+  States<const int64_t> x;
+  States<int64_t> out;           // may be x
+  States<const uint8_t> active;  // null: all
+  Logits output;
+  int64_t batch = 0, length = 0, size = 0;
+  int law = kJump;
+  PerSequence a, b;
+  bool masked_only = false;
+  int64_t mask_id = 0;
+  float scale = 0.0f;  // log2(e) / temperature, 0: take the largest
+  uint64_t share = 0;  // top_p 2^64, 0: all
+  bool keep_crossing = true;
+
+  const char* noise = nullptr;  // uniform in [0, 1), [batch, length, noise_width]
+  bool noise_is_float64 = false;
+  int64_t noise_width = 0;
+  int64_t seed = 0;
+  const int64_t* seeds = nullptr;  // one, or one per sequence
+  bool seed_per_sequence = false;
+  uint32_t stream = 0, offset = 0;
+  const int64_t* ids = nullptr;  // sample 2^32 + position of each row
+
+  uint8_t* changed = nullptr;  // [batch], 0
+};
+
+void discrete_transition(const TransitionArgs& args);
 
 }  // namespace genfast

@@ -81,9 +81,9 @@ PerRow per_row(const PyPerRow& given) { return PerRow{at<const int64_t>(std::get
 
 void select(uintptr_t confidence, uintptr_t mask, uintptr_t out, int64_t confidence_stride, int64_t mask_stride,
             int64_t batch, int64_t length, const PyPerRow& n, const PyPerRow& start, const PyPerRow& end, int strategy,
-            float threshold, float low_threshold, bool strict, double factor, bool accept_last, double bound,
-            bool inclusive, double temperature, int64_t seed, uintptr_t seeds, bool seed_per_sequence, int64_t stream,
-            int64_t offset) {
+            float threshold, float low_threshold, float slack, bool strict, double factor, bool accept_last,
+            double bound, bool inclusive, double temperature, int64_t seed, uintptr_t seeds, bool seed_per_sequence,
+            int64_t stream, int64_t offset) {
   SelectArgs a;
   a.confidence = at<const float>(confidence);
   a.mask = at<const uint8_t>(mask);
@@ -98,6 +98,7 @@ void select(uintptr_t confidence, uintptr_t mask, uintptr_t out, int64_t confide
   a.strategy = strategy;
   a.threshold = threshold;
   a.low_threshold = low_threshold;
+  a.slack = slack;
   a.strict = strict;
   a.factor = factor;
   a.accept_last = accept_last;
@@ -134,6 +135,53 @@ void write(uintptr_t x, uintptr_t tokens, uintptr_t selected, int64_t x_stride, 
   commit(a);
 }
 
+using PyPerSequence = std::tuple<uintptr_t, double>;       // address or 0, the number for all
+using PyStates = std::tuple<uintptr_t, int64_t, int64_t>;  // address, strides of sequence and position
+
+PerSequence per_sequence(const PyPerSequence& given) {
+  return PerSequence{at<const double>(std::get<0>(given)), std::get<1>(given)};
+}
+
+template <class T>
+States<T> states(const PyStates& given) {
+  return States<T>{at<T>(std::get<0>(given)), std::get<1>(given), std::get<2>(given)};
+}
+
+void transition(const PyStates& x, const PyStates& out, const PyStates& active, const PyLogits& output, int64_t batch,
+                int64_t length, int64_t size, int law, const PyPerSequence& a, const PyPerSequence& b,
+                std::optional<int64_t> mask_id, float scale, uint64_t share, bool keep_crossing, uintptr_t noise,
+                bool noise_is_float64, int64_t noise_width, int64_t seed, uintptr_t seeds, bool seed_per_sequence,
+                int64_t stream, int64_t offset, uintptr_t ids, uintptr_t changed) {
+  TransitionArgs args;
+  args.x = states<const int64_t>(x);
+  args.out = states<int64_t>(out);
+  args.active = states<const uint8_t>(active);
+  args.output = logits(output);
+  args.batch = batch;
+  args.length = length;
+  args.size = size;
+  args.law = law;
+  args.a = per_sequence(a);
+  args.b = per_sequence(b);
+  args.masked_only = mask_id.has_value();
+  args.mask_id = mask_id.value_or(0);
+  args.scale = scale;
+  args.share = share;
+  args.keep_crossing = keep_crossing;
+  args.noise = at<const char>(noise);
+  args.noise_is_float64 = noise_is_float64;
+  args.noise_width = noise_width;
+  args.seed = seed;
+  args.seeds = at<const int64_t>(seeds);
+  args.seed_per_sequence = seed_per_sequence;
+  args.stream = (uint32_t)stream;
+  args.offset = (uint32_t)offset;
+  args.ids = at<const int64_t>(ids);
+  args.changed = at<uint8_t>(changed);
+  py::gil_scoped_release release;
+  discrete_transition(args);
+}
+
 }  // namespace
 
 void register_token_sampling(py::module_& module) {
@@ -147,12 +195,17 @@ void register_token_sampling(py::module_& module) {
   module.def("select_transfer", &select, py::arg("confidence"), py::arg("mask"), py::arg("out"),
              py::arg("confidence_stride"), py::arg("mask_stride"), py::arg("batch"), py::arg("length"), py::arg("n"),
              py::arg("start"), py::arg("end"), py::arg("strategy"), py::arg("threshold"), py::arg("low_threshold"),
-             py::arg("strict"), py::arg("factor"), py::arg("accept_last"), py::arg("bound"), py::arg("inclusive"),
-             py::arg("temperature"), py::arg("seed"), py::arg("seeds"), py::arg("seed_per_sequence"), py::arg("stream"),
-             py::arg("offset"));
+             py::arg("slack"), py::arg("strict"), py::arg("factor"), py::arg("accept_last"), py::arg("bound"),
+             py::arg("inclusive"), py::arg("temperature"), py::arg("seed"), py::arg("seeds"),
+             py::arg("seed_per_sequence"), py::arg("stream"), py::arg("offset"));
   module.def("commit", &write, py::arg("x"), py::arg("tokens"), py::arg("selected"), py::arg("x_stride"),
              py::arg("tokens_stride"), py::arg("selected_stride"), py::arg("batch"), py::arg("length"),
              py::arg("mask_id"), py::arg("eos_id"), py::arg("left"), py::arg("finished"));
+  module.def("discrete_transition", &transition, py::kw_only(), py::arg("x"), py::arg("out"), py::arg("active"),
+             py::arg("output"), py::arg("batch"), py::arg("length"), py::arg("size"), py::arg("law"), py::arg("a"),
+             py::arg("b"), py::arg("mask_id"), py::arg("scale"), py::arg("share"), py::arg("keep_crossing"),
+             py::arg("noise"), py::arg("noise_is_float64"), py::arg("noise_width"), py::arg("seed"), py::arg("seeds"),
+             py::arg("seed_per_sequence"), py::arg("stream"), py::arg("offset"), py::arg("ids"), py::arg("changed"));
 }
 
 }  // namespace genfast

@@ -170,8 +170,15 @@ void select_row(const SelectArgs& a, int64_t row, Workspace& w) {
     choose_best(w.key, n, a.length, out);
 
   const auto reaches = [&](float score, float limit) { return a.strict ? score > limit : score >= limit; };
-  if (a.strategy == kThreshold || a.strategy == kHierarchy)
-    for (int64_t i = start; i < end; i++) out[i] |= w.key[i] && reaches(w.score[i], a.threshold);
+  if (a.strategy == kThreshold || a.strategy == kHierarchy) {
+    float limit = a.threshold;
+    if (a.slack >= 0) {
+      float best = -kNever;
+      for (int64_t i = start; i < end; i++) best = w.key[i] ? std::max(best, w.score[i]) : best;
+      limit = std::min(std::max(best - a.slack, std::numeric_limits<float>::lowest()), limit);
+    }
+    for (int64_t i = start; i < end; i++) out[i] |= w.key[i] && reaches(w.score[i], limit);
+  }
   if (a.strategy == kHierarchy) {
     for (int64_t i = start; i < end;) {
       if (!w.key[i]) {

@@ -64,6 +64,7 @@ _CASES = (
     (dict(block_size=7, vocab_size=50257), ("maskable",)),
     (dict(vocab_size=3, t=1.0), ("one_seed",)),
     (dict(t=0.0, eps=0.0), ()),
+    (dict(t=1.0, eps=0.0, block_size=4), ("maskable",)),
     (dict(block_size=100), ("t", "seeds")),
     (dict(), ("t", "seeds", "maskable")),
     (dict(count=5), ("maskable", "seeds")),

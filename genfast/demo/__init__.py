@@ -1,6 +1,7 @@
 """``genfast demo``: train a denoiser on real digits, sample it with five fused samplers, measure and draw the result.
 
-One network serves all five, see ``network.py``; ``eager.py`` holds the same samplers in plain PyTorch.
+One network serves all five, see ``network.py``; ``eager.py`` holds the same samplers in plain PyTorch. ``--text`` does
+the same with text and four samplers, see ``text/``.
 """
 
 from __future__ import annotations
@@ -54,22 +55,52 @@ def _entries() -> list[Entry]:
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 if it went well, 2 if a package is missing."""
     parser = argparse.ArgumentParser(prog="genfast demo", description=__doc__.split(": ", 1)[1].split("\n")[0])
-    parser.add_argument("--steps", type=int, default=2000, help="training steps (default 2000, about half a minute)")
-    parser.add_argument("--samples", type=int, default=50, help="samples per class (default 50)")
-    parser.add_argument("--guidance", type=float, default=1.5, help="scale of classifier-free guidance (default 1.5)")
+    parser.add_argument("--text", action="store_true", help="train a language model on text that is on the machine")
+    parser.add_argument("--steps", type=int, help="training steps (default 2000, half a minute; text: two minutes)")
+    parser.add_argument("--samples", type=int, help="samples per class (default 50); with --text, texts (default 16)")
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default 1.5); not of text")
+    parser.add_argument("--prompt", help="begin every text with this; with --text only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the pictures")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the pictures and texts")
     parser.add_argument("--backend", help="run the samplers on this backend")
     parser.add_argument("--quick", action="store_true", help="a tenth of the training, fewer samples and steps")
     arguments = parser.parse_args(argv)
-    missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
+    if arguments.text and arguments.guidance is not None:
+        parser.error("--guidance is for digits, not for --text")
+    if arguments.prompt is not None and not arguments.text:
+        parser.error("--prompt goes with --text")
+    for name in ("steps", "samples"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    needs = {module: package for module, package in NEEDS.items() if module == "PIL" or not arguments.text}
+    missing = [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(f"genfast demo needs {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
         return 2
+    if arguments.text:
+        return _text(arguments, parser)
+    arguments.steps = 2000 if arguments.steps is None else arguments.steps
+    arguments.samples = 50 if arguments.samples is None else arguments.samples
+    arguments.guidance = 1.5 if arguments.guidance is None else arguments.guidance
     if arguments.quick:
         arguments.steps, arguments.samples = arguments.steps // 10, min(arguments.samples, 20)
     with backend(arguments.backend) if arguments.backend else contextlib.nullcontext():
         _run(arguments)
+    return 0
+
+
+def _text(arguments, parser: argparse.ArgumentParser) -> int:
+    from genfast.demo import text
+
+    arguments.prompt = arguments.prompt or ""
+    if arguments.samples is None:
+        arguments.samples = 4 if arguments.quick else 16
+    try:
+        text.check_prompt(arguments.prompt)
+    except ValueError as error:
+        parser.error(f"--prompt: {error}")
+    with backend(arguments.backend) if arguments.backend else contextlib.nullcontext():
+        text.run(arguments, _progress)
     return 0
 
 

@@ -8,6 +8,14 @@ module                   peer                         one line
 ``dropin.edm``           EDM (Karras et al. 2022)     ``from genfast.dropin.edm import edm_sampler``
 ``dropin.score_sde``     score_sde_pytorch            ``from genfast.dropin.score_sde import get_pc_sampler``
 ``dropin.flow_matching`` flow_matching, torchcfm      ``from genfast.dropin.flow_matching import ODESolver``
+``dropin.llada``         LLaDA (Nie et al. 2025)      ``from genfast.dropin.llada import generate``
+``dropin.fast_dllm``     Fast-dLLM (Wu et al. 2025)   ``from genfast.dropin.fast_dllm import generate_with_dual_cache``
+``dropin.dream``         Dream (Ye et al. 2025)       ``from genfast.dropin.dream import diffusion_generate``
+``dropin.sdar``          SDAR (Cheng et al. 2025)     ``from genfast.dropin.sdar import block_diffusion_generate``
+``dropin.llada2``        LLaDA2.0 and 2.1             ``from genfast.dropin.llada2 import generate``
+``dropin.sedd``          SEDD (Lou et al. 2023)       ``from genfast.dropin.sedd import get_pc_sampler``
+``dropin.mdlm``          MDLM (Sahoo et al. 2024)     ``Diffusion._sample = genfast.dropin.mdlm._sample``
+``dropin.bd3lm``         BD3-LM (Arriola et al. 2025) ``from genfast.dropin.bd3lm import _semi_ar_sampler``
 ======================== ============================ =====================================================
 
 A peer is imported only when its drop-in is.

@@ -28,7 +28,7 @@ def _per_row(value: int | Tensor) -> tuple[int, int]:
     return (value.data_ptr(), 0) if isinstance(value, Tensor) else (0, value)
 
 
-def _select_transfer(module, confidence, mask, *, n, start, end, strategy, seed, out, **numbers) -> None:
+def _select_transfer(module, confidence, mask, *, n, start, end, strategy, slack, seed, out, **numbers) -> None:
     tensor = isinstance(seed, Tensor)
     module.select_transfer(
         confidence=confidence.data_ptr(),
@@ -42,6 +42,7 @@ def _select_transfer(module, confidence, mask, *, n, start, end, strategy, seed,
         start=_per_row(start),
         end=_per_row(end),
         strategy=STRATEGIES.index(strategy),
+        slack=-1.0 if slack is None else slack,
         seed=0 if tensor or seed is None else seed,
         seeds=seed.data_ptr() if tensor else 0,
         seed_per_sequence=tensor and seed.dim() == 1,

@@ -60,7 +60,22 @@ def id_list(name: str, ids, size: int, device) -> Tensor | None:
     if not ids:
         return None
     _check_ids(name, ids[0], ids[-1], size)
-    return torch.tensor(ids, device=device)
+    return _id_tensor(tuple(ids), device)
+
+
+_id_tensors: dict = {}
+
+
+def _id_tensor(ids: tuple[int, ...], device) -> Tensor:
+    """Made once for a list and a device: on a GPU the copy would make the host wait for all that it has ordered."""
+    found = None if torch.compiler.is_compiling() else _id_tensors.get((ids, device))
+    if found is None:
+        found = torch.tensor(ids, device=device)
+        if not torch.compiler.is_compiling():
+            if len(_id_tensors) >= 256:
+                _id_tensors.clear()
+            _id_tensors[ids, device] = found
+    return found
 
 
 def _check_ids(name: str, low: int, high: int, size: int) -> None:
@@ -68,11 +83,11 @@ def _check_ids(name: str, low: int, high: int, size: int) -> None:
         raise ValueError(f"{name} is out of range: {low} to {high} for {size} entries")
 
 
-def uniform(shape, generator, device) -> Tensor:
+def uniform(shape, generator, device, dtype=torch.float64) -> Tensor:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     where = generator.device if generator is not None else device
-    return torch.rand(shape, generator=generator, device=where, dtype=torch.float64).to(device)
+    return torch.rand(shape, generator=generator, device=where, dtype=dtype).to(device)
 
 
 def checked_seed(seed, batch: int, device):
@@ -107,3 +122,28 @@ def row_numbers(name: str, value, batch: int, device):
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number or a tensor of them, got {type(value).__name__}")
     return value
+
+
+def sequences(t: Tensor) -> Tensor:
+    """[B, L, n] whose rows are runs of neighbours; a copy only where strides leave no other way."""
+    if t.dim() < 3:
+        t = t.reshape(-1, 1, t.shape[-1])
+    elif t.dim() > 3:
+        t = t.reshape(-1, *t.shape[-2:])
+    t = t.detach()
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def checked_temperature(temperature, rows: int, device):
+    if isinstance(temperature, Tensor):
+        if not temperature.is_floating_point():
+            raise TypeError(f"temperature must be a float or a floating tensor, got {temperature.dtype}")
+        if temperature.numel() not in (1, rows) or temperature.device != device:
+            raise ValueError(
+                f"temperature is {list(temperature.shape)} on {temperature.device}; expected {rows} rows on {device}"
+            )
+        return temperature.detach().reshape(-1).expand(rows).contiguous()
+    temperature = float(temperature)
+    if not 0 <= temperature <= LARGEST_TEMPERATURE:
+        raise ValueError(f"temperature must be in [0, {LARGEST_TEMPERATURE:g}], got {temperature}")
+    return temperature

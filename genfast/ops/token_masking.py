@@ -20,7 +20,7 @@ SCHEDULES = {"linear": (0.0, 1.0), "loglinear": (1e-3, 1.0)}
 
 @export(FAMILY)
 class MaskedBatch(NamedTuple):
-    """What :func:`forward_mask` returns."""
+    """What :func:`forward_mask` returns: noised tokens, and what their loss is weighed with."""
 
     x: Tensor
     """int64 [B, L], the noised tokens."""

@@ -17,14 +17,15 @@ from genfast import profiling
 from genfast._registry import export
 from genfast.backends import choose
 from genfast.ops._checks import (
-    LARGEST_TEMPERATURE,
     check_counters,
     check_logits,
     checked_seed,
+    checked_temperature,
     fresh_seed,
     id_list,
     indices,
     joined,
+    sequences,
     uniform,
 )
 
@@ -136,7 +137,7 @@ def sample_tokens(
         rows = indices("rows", rows, count, device)
         shape = rows.shape
     wanted = math.prod(shape)
-    temperature = _checked_temperature(temperature, wanted, device)
+    temperature = checked_temperature(temperature, wanted, device)
     hot = isinstance(temperature, Tensor) or temperature > 0
 
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
@@ -196,8 +197,8 @@ def sample_tokens(
         row_ids = row_ids.reshape(-1).contiguous()
 
     arguments = (
-        _sequences(logits),
-        None if uncond is None else _sequences(uncond),
+        sequences(logits),
+        None if uncond is None else sequences(uncond),
         temperature if isinstance(temperature, Tensor) else None,
         0.0 if isinstance(temperature, Tensor) else temperature,
         top_k or 0,
@@ -225,34 +226,6 @@ def sample_tokens(
         found = [f if name in statistics else None for name, f in zip(STATISTICS, found)]
         confidences = None if confidence is None and drawn_confidence is None else confidences
     return TokenSample(tokens, confidences, *found)
-
-
-# --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _sequences(logits: Tensor) -> Tensor:
-    """[B, L, V] whose rows are runs of neighbours; a copy only where strides leave no other way."""
-    if logits.dim() < 3:
-        logits = logits.reshape(-1, 1, logits.shape[-1])
-    elif logits.dim() > 3:
-        logits = logits.reshape(-1, *logits.shape[-2:])
-    logits = logits.detach()
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
-def _checked_temperature(temperature, rows: int, device):
-    if isinstance(temperature, Tensor):
-        if not temperature.is_floating_point():
-            raise TypeError(f"temperature must be a float or a floating tensor, got {temperature.dtype}")
-        if temperature.numel() not in (1, rows) or temperature.device != device:
-            raise ValueError(
-                f"temperature is {list(temperature.shape)} on {temperature.device}; expected {rows} rows on {device}"
-            )
-        return temperature.detach().reshape(-1).expand(rows).contiguous()
-    temperature = float(temperature)
-    if not 0 <= temperature <= LARGEST_TEMPERATURE:
-        raise ValueError(f"temperature must be in [0, {LARGEST_TEMPERATURE:g}], got {temperature}")
-    return temperature
 
 
 # --- torch.library ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,14 @@ from torch import Tensor
 from genfast import profiling
 from genfast._registry import export
 from genfast.backends import HotPath, choose
-from genfast.ops._checks import LARGEST_TEMPERATURE, check_counters, checked_seed, fresh_seed
+from genfast.ops._checks import (
+    LARGEST_TEMPERATURE,
+    check_counters,
+    checked_seed,
+    dense_rows,
+    fresh_seed,
+    row_numbers,
+)
 
 FAMILY = "token_sampling"
 select_path = HotPath(FAMILY, "select_transfer")
@@ -26,6 +33,7 @@ def select_transfer(
     strategy: str = "top",
     threshold: float | None = None,
     low_threshold: float | None = None,
+    slack: float | None = None,
     strict: bool = False,
     factor: float | None = None,
     accept_last: bool = False,
@@ -55,6 +63,8 @@ def select_transfer(
             each contiguous stretch of masked positions if it reaches ``low_threshold`` (dInfer); ``"sequential"``, the
             first ``n``; ``"random"``, any ``n``.
         threshold, low_threshold, factor, bound: see ``strategy``.
+        slack: with ``"threshold"``, a row whose best position does not reach the threshold takes those within
+            ``slack`` of it: all with confidence >= min(``threshold``, best - ``slack``) (dInfer, with 1e-5).
         strict: thresholds must be exceeded, not reached.
         accept_last: with ``"factor"``, accept a row's last position though it alone fails, as the published code does.
         inclusive: with ``"entropy_bound"``, the sum with the position itself must be below ``bound`` (JetEngine).
@@ -72,7 +82,7 @@ def select_transfer(
             needs and that is missing.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling:
+    if not compiling and slack is None:
         # One native call for the plain case; everything else, and every error, goes through the checks below.
         result = select_path.run(
             confidence, mask, n, strategy, threshold, low_threshold, strict, factor, accept_last, bound, inclusive,
@@ -94,10 +104,12 @@ def select_transfer(
             raise ValueError(f"strategy {strategy!r} {verb} {name}")
         if value is not None and math.isnan(value):
             raise ValueError(f"{name} must be a number, got {value}")
+    if slack is not None and (strategy != "threshold" or not 0 <= slack < math.inf):
+        raise ValueError(f"slack must be a number of at least 0, and goes with strategy 'threshold'; got {slack}")
     if not 0 <= temperature <= LARGEST_TEMPERATURE:
         raise ValueError(f"temperature must be in [0, {LARGEST_TEMPERATURE:g}], got {temperature}")
     n, start, end = (
-        _row_numbers(name, value, batch, device)
+        row_numbers(name, value, batch, device)
         for name, value in (("n", n), ("start", start), ("end", length if end is None else end))
     )
     check_counters(stream, offset)
@@ -106,12 +118,13 @@ def select_transfer(
     elif strategy == "random" or temperature > 0:
         seed = fresh_seed()
     arguments = (
-        _dense_rows(confidence.detach().float()),
-        _dense_rows(mask),
+        dense_rows(confidence.detach().float()),
+        dense_rows(mask),
         n if isinstance(n, Tensor) else None,
         0 if isinstance(n, Tensor) else n,
         strategy,
         *(0.0 if value is None else float(value) for value in given.values()),
+        None if slack is None else float(slack),
         bool(strict),
         bool(accept_last),
         bool(inclusive),
@@ -184,29 +197,12 @@ def _check_rows(name: str, t, dtype, like: Tensor) -> None:
         raise ValueError(f"{name} is {list(t.shape)} on {t.device}; expected {list(like.shape)} on {like.device}")
 
 
-def _dense_rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
-def _row_numbers(name: str, value, batch: int, device):
-    """A whole number, or int64 [B] on the device."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() or value.dtype == torch.bool:
-            raise TypeError(f"{name} must be whole numbers, got {value.dtype}")
-        if value.dim() > 1 or value.numel() not in (1, batch) or value.device != device:
-            raise ValueError(f"{name} is {list(value.shape)} on {value.device}; expected [{batch}] on {device}")
-        return value.to(torch.int64).expand(batch).contiguous()
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number or a tensor of them, got {type(value).__name__}")
-    return value
-
-
 # --- torch.library ---------------------------------------------------------------------------------------------------
 
 
 def _select(
-    confidence, mask, n_tensor, n, strategy, threshold, low_threshold, factor, bound, strict, accept_last, inclusive,
-    start_tensor, start, end_tensor, end, temperature, seeds, seed, stream, offset,
+    confidence, mask, n_tensor, n, strategy, threshold, low_threshold, factor, bound, slack, strict, accept_last,
+    inclusive, start_tensor, start, end_tensor, end, temperature, seeds, seed, stream, offset,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(confidence.shape, dtype=torch.bool, device=confidence.device)
     name, function = choose(FAMILY, "select_transfer", confidence.device)
@@ -218,6 +214,7 @@ def _select(
             strategy=strategy,
             threshold=threshold,
             low_threshold=low_threshold,
+            slack=slack,
             strict=strict,
             factor=factor,
             accept_last=accept_last,
@@ -239,7 +236,7 @@ _select_op = torch.library.custom_op(
     _select,
     mutates_args=(),
     schema="(Tensor confidence, Tensor mask, Tensor? n_tensor, int n, str strategy, float threshold, "
-    "float low_threshold, float factor, float bound, bool strict, bool accept_last, bool inclusive, "
+    "float low_threshold, float factor, float bound, float? slack, bool strict, bool accept_last, bool inclusive, "
     "Tensor? start_tensor, int start, Tensor? end_tensor, int end, float temperature, Tensor? seeds, int? seed, "
     "int stream, int offset) -> Tensor",
 )
@@ -254,12 +251,12 @@ def _commit(x, tokens, selected, mask_id, eos_id):
     left = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     finished = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
     name, function = choose(FAMILY, "commit_", x.device)
-    target = _dense_rows(x)
+    target = dense_rows(x)
     with profiling.op_range(FAMILY, f"commit_[{name}]", *x.shape):
         function(
             target,
-            _dense_rows(tokens),
-            _dense_rows(selected),
+            dense_rows(tokens),
+            dense_rows(selected),
             mask_id=mask_id,
             eos_id=eos_id,
             left=left,

@@ -48,26 +48,30 @@ def scale(temperature: Tensor | float) -> Tensor | float:
     return float(np.float32(min(LOG2_E / temperature, 1e30))) if temperature else 0.0
 
 
-def weights(logits: Tensor, largest: Tensor, c: Tensor, bits: int) -> Tensor:
-    """v, int64, of float32 logits [R, V], the largest of each row [R, 1] and c, broadcast to them."""
-    t = ((logits - largest) * c).clamp_min(LOWEST)
-    k = torch.round(t)  # to even
-    r = t - k
+def exp2_fraction(r: Tensor) -> Tensor:
+    """2^r for float32 r on [-1/2, 1/2], by the polynomial."""
     p = torch.full_like(r, EXP2_P[-1])
     for coefficient in EXP2_P[-2::-1]:
         # The product of two float32 is exact in float64: one rounding remains, as in a fused multiply-add.
         p = (p.double() * r.double() + coefficient).float()
-    return torch.ldexp(p.double(), k.double() + bits).long()
+    return p
+
+
+def weights(logits: Tensor, largest: Tensor, c: Tensor, bits: int) -> Tensor:
+    """v, int64, of float32 logits [R, V], the largest of each row [R, 1] and c, broadcast to them."""
+    t = ((logits - largest) * c).clamp_min(LOWEST)
+    k = torch.round(t)  # to even
+    return torch.ldexp(exp2_fraction(t - k).double(), k.double() + bits).long()
 
 
 def row_words(
-    seed: int | Tensor, stream: int, offset: int, rows: Tensor, length: int, ids: Tensor | None
+    seed: int | Tensor, stream: int, offset: int, rows: Tensor, length: int, ids: Tensor | None, tile: int = 0
 ) -> tuple[Tensor, ...]:
     """The four Philox words of flat rows, int64 in [0, 2^32): (w0, w1) make u, w2 the random confidence.
 
-    The counter is (position, 0, sample, stream): ``sample`` is ``offset`` plus the sequence's place in the batch (a
+    The counter is (position, tile, sample, stream): ``sample`` is ``offset`` plus the sequence's place in the batch (a
     seed per sequence: ``offset`` alone) and ``position`` the place in the sequence; or ``ids`` is
-    sample 2^32 + position.
+    sample 2^32 + position. ``tile`` is 0 for the row itself (``token_head`` draws within tiles too).
     """
     sequence, position = rows // length, rows % length
     sample = sequence + offset
@@ -78,7 +82,7 @@ def row_words(
         seed = torch.tensor(signed64(seed), device=rows.device)
     if ids is not None:
         sample, position = (ids >> 32) & MASK, ids & MASK
-    return philox_words(seed, position, sample, torch.tensor(stream, device=rows.device))
+    return philox_words(seed, position | tile << 32, sample, torch.tensor(stream, device=rows.device))
 
 
 def high_product(high: Tensor | int, low: Tensor | int, total: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ def select_transfer(
     strategy: str,
     threshold: float,
     low_threshold: float,
+    slack: float | None,
     strict: bool,
     factor: float,
     accept_last: bool,
@@ -69,12 +70,16 @@ def select_transfer(
     count = candidate.sum(1, keepdim=True)
     chosen = rank < n
 
-    def reaches(limit: float) -> Tensor:
-        limit = torch.tensor(limit, dtype=torch.float32, device=device)
+    def reaches(limit: float | Tensor) -> Tensor:
+        limit = torch.as_tensor(limit, dtype=torch.float32, device=device)
         return key > limit if strict else key >= limit
 
     if strategy == "threshold":
-        chosen |= reaches(threshold)
+        limit = threshold
+        if slack is not None and length:
+            best = torch.where(candidate, key, -torch.inf).amax(1, keepdim=True)
+            limit = (best - slack).clamp(torch.finfo(torch.float32).min, threshold)
+        chosen |= reaches(limit)
     elif strategy == "factor":
         least = (1 - factor / (places + 2.0).double()).float()
         fails = (key.gather(1, order) < least) & (places > 0) & (places < count)

@@ -110,24 +110,58 @@ class Plan:
             return None
 
 
-class Fused:
-    """Mixin for a scheduler of diffusers whose ``step`` runs as one kernel.
-
-    Subclasses set ``watched``, the names of the attributes that the tables are computed from, tensors first,
-    ``default_key``, the setting of a plain call of ``step``, and write ``make_rows`` and ``build``. A table is made in
-    ``set_timesteps``, and again when one of the watched attributes is replaced, when the first is changed in place, and
-    when the configuration changes; a schedule that was seen before finds its tables again.
+class DropIn:
+    """What every drop-in scheduler is: saved as the peer's own, and able to read a timestep without asking the device.
 
     Attributes:
         noise_seed: None, or the seed of in-kernel noise (see ``genfast.random``) for every step that draws; noise is
             then drawn inside the kernel and ``step``'s generator is not used.
     """
 
+    noise_seed: int | Tensor | None = None
+    _index: HostTimesteps | None = None
+    _unsaved: tuple[str, ...] = ("_index",)
+
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls)
+        self.adopt()
+        return self
+
+    def adopt(self) -> None:
+        """Let pipelines save this scheduler as the peer's: they write down the module that an instance names."""
+        self.__dict__["__module__"] = peer_class(type(self)).__module__
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in self._unsaved}
+
+    # --- the position in the schedule, without `nonzero` or a copy to the host -------------------------------------
+
+    def host_timestep(self, timestep):
+        """The number in a timestep: a number, or a tensor whose memory is that of one of ``timesteps``; else None.
+
+        A loop over ``timesteps`` hands out views of it, so the address tells the position without a copy to the host.
+        """
+        if type(timestep) is not Tensor:
+            return None if isinstance(timestep, Tensor) else timestep
+        known = HostTimesteps.of(self)
+        place = known.place(timestep)
+        if place is not None:
+            return known.values[place]
+        return timestep.item() if timestep.is_cpu and timestep.numel() == 1 else None
+
+
+class Fused(DropIn):
+    """Mixin for a scheduler of diffusers whose ``step`` runs as one kernel.
+
+    Subclasses set ``watched``, the names of the attributes that the tables are computed from, tensors first,
+    ``default_key``, the setting of a plain call of ``step``, and write ``make_rows`` and ``build``. A table is made in
+    ``set_timesteps``, and again when one of the watched attributes is replaced, when the first is changed in place, and
+    when the configuration changes; a schedule that was seen before finds its tables again.
+    """
+
     watched: tuple[str, ...] = ("sigmas",)
     default_key: tuple = ()
-    noise_seed: int | Tensor | None = None
     _plan: Plan | None = None
-    _index: HostTimesteps | None = None
     _unsaved = ("_plan", "_index", "_known_plans")
 
     MOST_PLANS = 8
@@ -189,33 +223,6 @@ class Fused:
         plan.source = values[0] if plan.version is not None else _unversioned
         self._plan = plan
         return plan
-
-    def __new__(cls, *args, **kwargs):
-        self = super().__new__(cls)
-        self.adopt()
-        return self
-
-    def adopt(self) -> None:
-        """Let pipelines save this scheduler as the peer's: they write down the module that an instance names."""
-        self.__dict__["__module__"] = peer_class(type(self)).__module__
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in self._unsaved}
-
-    # --- the position in the schedule, without `nonzero` or a copy to the host -------------------------------------
-
-    def host_timestep(self, timestep):
-        """The number in a timestep: a number, or a tensor whose memory is that of one of ``timesteps``; else None.
-
-        A loop over ``timesteps`` hands out views of it, so the address tells the position without a copy to the host.
-        """
-        if type(timestep) is not Tensor:
-            return None if isinstance(timestep, Tensor) else timestep
-        known = HostTimesteps.of(self)
-        place = known.place(timestep)
-        if place is not None:
-            return known.values[place]
-        return timestep.item() if timestep.is_cpu and timestep.numel() == 1 else None
 
 
 class Watched:
@@ -440,7 +447,7 @@ def plain_object(output, plan: Plan, row: int, sample, model_output):
     return object_path.run(output.spec, plan.plain_table, row, plan.clip, sample, model_output)
 
 
-def check_seed(scheduler: Fused, generator, seed):
+def check_seed(scheduler: DropIn, generator, seed):
     """The seed in force for in-kernel noise, or None for the peer's draws."""
     if seed is None:
         return scheduler.noise_seed

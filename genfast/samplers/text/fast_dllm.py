@@ -1,4 +1,4 @@
-"""Fast-dLLM's sampler (arXiv:2505.22618): several tokens per step where the model is sure, and two kinds of KV cache."""
+"""Fast-dLLM (arXiv:2505.22618): several tokens per step where the model is sure, and two kinds of KV cache."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def generate_fast_dllm(
     eos_id: int | None = None,
     suppress: Sequence[int] | Tensor | None = None,
     suppress_confidence: Sequence[int] | Tensor | None = None,
+    head: Tensor | tuple[Tensor, Tensor | None] | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     offset: int = 0,
@@ -64,9 +65,9 @@ def generate_fast_dllm(
         steps: without threshold and factor, as for :func:`generate_llada`; by default one token per step. With them
             the number of steps comes out by itself.
         remasking: as for :func:`generate_llada`, the confidence that ``threshold`` and ``factor`` look at;
-            ``"sequential"`` goes with neither.
+            ``"sequential"`` goes with neither, ``"random"`` not with them and a head.
         prompt, prompt_lengths, gen_length, block_length, temperature, mask_id, pad_id, eos_id, suppress,
-        suppress_confidence, seed, generator, offset, progress, callback: as for :func:`generate_llada`.
+        suppress_confidence, head, seed, generator, offset, progress, callback: as for :func:`generate_llada`.
 
     Returns:
         :class:`TextSample`.
@@ -101,7 +102,14 @@ def generate_fast_dllm(
         suppress=suppress,
         suppress_confidence=suppress_confidence,
     )
-    layout = Layout(prompt, gen_length, mask_id=mask_id, pad_id=pad_id, prompt_lengths=prompt_lengths)
+    layout = Layout(
+        prompt,
+        gen_length,
+        mask_id=mask_id,
+        pad_id=pad_id,
+        prompt_lengths=prompt_lengths,
+        device=getattr(model, "device", None),
+    )
     blocks = range(layout.start, layout.x.shape[1], block_length)
     with bar("generate_fast_dllm", None if dynamic else len(blocks) * len(counts), progress) as advance:
         run = Run(
@@ -112,6 +120,7 @@ def generate_fast_dllm(
             seed=seed,
             generator=generator,
             offset=offset,
+            head=head,
             callback=callback,
             advance=advance,
         )

@@ -45,6 +45,7 @@ def generate_llada(
     eos_id: int | None = None,
     suppress: Sequence[int] | Tensor | None = None,
     suppress_confidence: Sequence[int] | Tensor | None = None,
+    head: Tensor | tuple[Tensor, Tensor | None] | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     offset: int = 0,
@@ -61,7 +62,8 @@ def generate_llada(
             ``logits``, or a tuple that begins with them. Where prompts are padded it gets ``attention_mask`` int64
             [B, L] too, and with guidance 2 B rows.
         prompt, prompt_lengths: int64 [B, P], perhaps with lengths int64 [B]; a list of B tensors [P]; or B, for no
-            prompt. Shorter prompts are padded on the left with ``pad_id`` (the mask by default).
+            prompt. Shorter prompts are padded on the left with ``pad_id`` (the mask by default). All is moved to
+            ``model.device`` if there is one.
         steps: of the whole generation, divided evenly among the blocks; within a block, masks are divided evenly among
             steps, the remainder to the first ones. Steps that would unmask nothing are left out.
         gen_length, block_length: how many tokens to write, and in blocks of how many.
@@ -77,6 +79,10 @@ def generate_llada(
             and the sampler stops when all rows have ended. (One number is then copied to the host per step.)
         suppress: ids that are never drawn and have no share in any probability.
         suppress_confidence: ids that may be drawn, but go last.
+        head: weight [V, d] of the model's head, or (weight, bias [V]). The model then returns hidden states [B, L, d]
+            (itself, as ``last_hidden_state``, or first in a tuple), and only the positions that are needed are
+            projected (:func:`genfast.lm_head_sample`). Goes with ``"low_confidence"``, ``"tempered"``, ``"random"`` and
+            ``"sequential"``, and with seeds.
         seed: an int, or int64 [B] with one per row; by default from torch's default generator.
         generator: draw by Gumbel-max with float64 noise of the size of the logits from it instead, as published.
         offset: row b draws as row ``offset + b``: a batch written in parts is the batch written whole.
@@ -103,7 +109,14 @@ def generate_llada(
         suppress_confidence=suppress_confidence,
     )
     counts = [n for n in even_counts(block_length, per_block).tolist() if n]
-    layout = Layout(prompt, gen_length, mask_id=mask_id, pad_id=pad_id, prompt_lengths=prompt_lengths)
+    layout = Layout(
+        prompt,
+        gen_length,
+        mask_id=mask_id,
+        pad_id=pad_id,
+        prompt_lengths=prompt_lengths,
+        device=getattr(model, "device", None),
+    )
     blocks = range(layout.start, layout.x.shape[1], block_length)
     with bar("generate_llada", len(blocks) * len(counts), progress) as advance:
         run = Run(
@@ -114,13 +127,15 @@ def generate_llada(
             seed=seed,
             generator=generator,
             offset=offset,
+            head=head,
             callback=callback,
             advance=advance,
         )
+        given = run.x != mask_id
         for first in blocks:
             last = first + block_length
             for n in counts:
-                output = evaluate_guided(run, cfg_scale)
+                output = evaluate_guided(run, cfg_scale, given)
                 run.unmask(output, first, last, n, sample=sample, select=select)
                 if eos_id is not None and bool(run.end_rows(last).all()):
                     return run.result()
@@ -146,15 +161,12 @@ def remasking_options(remasking: str) -> tuple[dict, dict]:
     return REMASKING[remasking]
 
 
-def evaluate_guided(run: Run, cfg_scale: float) -> Output:
+def evaluate_guided(run: Run, cfg_scale: float, given: Tensor) -> Output:
     """The model's output for all of x, with classifier-free guidance: one call of twice the rows, the second half with
-    the prompt masked."""
+    the positions ``given`` (the prompt) masked."""
     if not cfg_scale > 0:
         return run.evaluate()[0]
-    without = run.x.clone()
-    without[:, : run.layout.start] = run.mask_id
+    both = torch.cat([run.x, torch.where(given, run.mask_id, run.x)])
     mask = run.layout.attention_mask
-    both = torch.cat([run.x, without])
     output, _ = run.evaluate(both, attention_mask=None if mask is None else torch.cat([mask, mask]))
-    given, uncond = output.logits.chunk(2)
-    return Output(given, uncond=uncond, guidance=cfg_scale + 1)
+    return output.guided(cfg_scale + 1)

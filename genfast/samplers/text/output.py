@@ -7,16 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from genfast.ops.token_head import lm_head_sample
 from genfast.ops.token_sampling import TokenSample, sample_tokens
+from genfast.reference.token_sampling import guide
 
 
 def call(model: Callable, ids: Tensor, **options) -> tuple[Tensor, object]:
     """(logits or hidden states [B, n, .], the whole answer) of a model that returns them as Hugging Face's do: the
-    tensor itself, an object with ``logits``, or a tuple that begins with it."""
+    tensor itself, an object with ``logits`` or ``last_hidden_state``, or a tuple that begins with it."""
     answer = model(ids, **{name: value for name, value in options.items() if value is not None})
     found = answer
     if not isinstance(answer, Tensor):
-        found = answer.logits if hasattr(answer, "logits") else answer[0]
+        names = [name for name in ("logits", "last_hidden_state") if hasattr(answer, name)]
+        found = getattr(answer, names[0]) if names else answer[0]
     if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:2] != ids.shape:
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"the model returned {shape} for ids {list(ids.shape)}; expected [B, L, V]")
@@ -57,22 +60,14 @@ class Output:
         if not self.first <= first <= last <= self.first + columns:
             raise ValueError(f"columns {first} to {last} are not among {self.first} to {self.first + columns}")
         shape = (batch, last - first)
-        found = torch.arange(first - self.first, last - self.first, device=ids.device)
-        rows = (found + columns * torch.arange(batch, device=ids.device)[:, None]).reshape(-1)
+        places = torch.arange(first - self.first, last - self.first, device=ids.device)
+        rows = (places + columns * torch.arange(batch, device=ids.device)[:, None]).reshape(-1)
         picked = None
         if where is not None and ids.device.type == "cpu":
             picked = where.reshape(-1).nonzero()[:, 0]
             rows, ids = rows[picked], ids.reshape(-1)[picked]
         seeded = options.get("generator") is None and options.get("noise") is None
-        found = sample_tokens(
-            self.logits,
-            uncond=self.uncond,
-            guidance=self.guidance,
-            shift=self.shift,
-            rows=rows,
-            row_ids=ids.reshape(-1) if seeded else None,
-            **options,
-        )
+        found = self.draw(rows, row_ids=ids.reshape(-1) if seeded else None, **options)
 
         def spread(values):
             if values is None:
@@ -82,3 +77,43 @@ class Output:
             return values.reshape(shape)
 
         return TokenSample(*map(spread, found))
+
+    def draw(self, rows: Tensor, **options) -> TokenSample:
+        """:func:`genfast.sample_tokens` at the rows of logits flattened to [B n, V]."""
+        return sample_tokens(
+            self.logits, uncond=self.uncond, guidance=self.guidance, shift=self.shift, rows=rows, **options
+        )
+
+    def guided(self, guidance: float) -> Output:
+        """The first half of the batch, guided by its second half, which is without the condition."""
+        cond, uncond = self.logits.chunk(2)
+        return Output(cond, first=self.first, uncond=uncond, guidance=guidance, shift=self.shift)
+
+
+class HeadOutput(Output):
+    """Hidden states [B, n, d] and the head that makes logits of them: only the positions that are needed are projected.
+
+    Args:
+        hidden: the last hidden states after the final norm, in the dtype of the head.
+        head: the weight [V, d], or (weight, bias [V]).
+        first, shift: as for :class:`Output`.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Tensor | tuple[Tensor, Tensor | None], *, first: int = 0, shift: bool = False
+    ):
+        super().__init__(hidden, first=first, shift=shift)
+        self.head = head
+
+    def draw(self, rows: Tensor, **options) -> TokenSample:
+        """:func:`genfast.lm_head_sample` at the rows of hidden states flattened to [B n, d]."""
+        if self.shift:
+            rows = torch.where(rows % self.logits.shape[1] > 0, rows - 1, rows)
+        weight, bias = self.head if isinstance(self.head, tuple) else (self.head, None)
+        return lm_head_sample(self.logits, weight, bias=bias, rows=rows, **options)
+
+    def guided(self, guidance: float) -> HeadOutput:
+        """As of logits, because a head is linear; the states are rounded to their dtype afterwards."""
+        cond, uncond = self.logits.chunk(2)
+        hidden = guide(cond.float(), uncond.float(), guidance).to(cond.dtype)
+        return HeadOutput(hidden, self.head, first=self.first, shift=self.shift)

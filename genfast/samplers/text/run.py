@@ -12,7 +12,7 @@ from genfast._registry import export
 from genfast.ops._checks import checked_seed, fresh_seed
 from genfast.ops.token_transfer import commit_, select_transfer
 from genfast.samplers.text.layout import Layout
-from genfast.samplers.text.output import Output, call
+from genfast.samplers.text.output import HeadOutput, Output, call
 
 
 @export("samplers")
@@ -65,6 +65,7 @@ class Run:
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
         offset: int = 0,
+        head: Tensor | tuple[Tensor, Tensor | None] | None = None,
         callback: Callable[[TextState], None] | None = None,
         advance: Callable[[], None] = lambda: None,
     ):
@@ -74,10 +75,13 @@ class Run:
                 default one is taken from torch's default generator.
             generator: draw as the published code does, with noise of the size of the logits, instead.
             offset: row b of the batch draws as row offset + b: a batch drawn in parts is the batch drawn whole.
+            head: weight [V, d], or (weight, bias): the model then returns hidden states, see :class:`HeadOutput`.
             advance: called after every step (a progress bar).
         """
         if seed is not None and generator is not None:
             raise ValueError("seed and generator exclude each other: give one source of randomness")
+        if head is not None and generator is not None:
+            raise ValueError("generator draws for logits, and with a head there are none: give a seed")
         self.model, self.layout, self.x = model, layout, layout.x
         self.mask_id, self.eos_id, self.generator, self.offset = mask_id, eos_id, generator, offset
         self.seed = None
@@ -85,7 +89,7 @@ class Run:
             self.seed = fresh_seed() if seed is None else checked_seed(seed, len(self.x), self.x.device)
         self.order = torch.zeros(self.x.shape, dtype=torch.int32, device=self.x.device)
         self.step = self.stream = self.evaluations = 0
-        self.callback, self.advance = callback, advance
+        self.callback, self.advance, self.head = callback, advance, head
 
     @property
     def randomness(self) -> dict:
@@ -99,9 +103,10 @@ class Run:
         ids = self.x if ids is None else ids
         if "attention_mask" not in options:
             options["attention_mask"] = self.layout.attention_mask
-        logits, answer = call(self.model, ids, **options)
+        values, answer = call(self.model, ids, **options)
         self.evaluations += 1
-        return Output(logits, first=first), answer
+        output = Output(values, first=first) if self.head is None else HeadOutput(values, self.head, first=first)
+        return output, answer
 
     def masked(self, first: int, last: int) -> Tensor:
         """bool [B, last - first]: where columns [first, last) hold the mask."""
@@ -109,10 +114,12 @@ class Run:
 
     def sample(self, output: Output, first: int, last: int, where: Tensor | None = None, **options):
         """A :class:`genfast.TokenSample` [B, last - first] with this step's numbers; see :meth:`Output.sample`."""
+        return output.sample(first, last, where, self.ids(first, last), **options, **self.randomness)
+
+    def ids(self, first: int, last: int) -> Tensor:
+        """Identities [B, last - first] of positions: :meth:`Layout.row_ids`."""
         per_row = isinstance(self.seed, Tensor) and self.seed.dim() == 1
-        columns = torch.arange(first, last, device=self.x.device)
-        ids = self.layout.row_ids(columns, self.offset, per_row)
-        return output.sample(first, last, where, ids, **options, **self.randomness)
+        return self.layout.row_ids(torch.arange(first, last, device=self.x.device), self.offset, per_row)
 
     def select(self, confidence: Tensor, candidates: Tensor, n=1, **options) -> Tensor:
         """:func:`genfast.select_transfer` with this step's numbers.
@@ -146,7 +153,7 @@ class Run:
         if self.callback is not None:
             self.callback(TextState(self.step, self.x, self.order, (first, last)))
 
-    def unmask(self, output: Output, first: int, last: int, n, *, sample: dict, select: dict, end: int | None = None):
+    def unmask(self, output: Output, first: int, last: int, n, *, sample: dict, select: dict):
         """One step on columns [first, last): tokens and confidences of the masked positions, choice, write.
 
         A strategy that does not look at confidences (``random``, ``sequential``) chooses first, and only the chosen
@@ -177,11 +184,6 @@ class Run:
         first_eos = torch.where(text == self.eos_id, places, text.shape[1]).amin(1)
         first_mask = torch.where(text == self.mask_id, places, text.shape[1]).amin(1)
         return first_eos < first_mask
-
-    def fill_ended(self, last: int, ended: Tensor) -> None:
-        """Rows that have ended get the end of sequence in all columns from ``last`` on: nothing there is masked now."""
-        rest = self.x[:, last:]
-        rest.copy_(torch.where(ended[:, None], self.eos_id, rest))
 
     def end_rows(self, last: int) -> Tensor:
         """bool [B]: rows that have ended before column ``last`` (:meth:`ended`). Everything after a row's first end of
