@@ -1,6 +1,6 @@
-// Gradients of attention. With p_ij = 2^(t_ij - lse_i log2 e), t_ij = (scale log2 e) q_i . k_j,
+// Gradients of attention. With p_ij = e^(scale q_i . k_j - lse_i),
 //
-//     delta_i = do_i . o_i - dlse_i,    ds_ij = p_ij (do_i . v_j - delta_i),
+//     ds_ij = p_ij (do_i . v_j - do_i . o_i + dlse_i),
 //     dv_j = sum_i p_ij do_i,    dk_j = scale sum_i ds_ij q_i,    dq_i = scale sum_j ds_ij k_j.
 //
 // One walk over the pairs of a tile of keys and a tile of rows gives all three, five products a pair: a tile of keys
@@ -56,38 +56,44 @@ struct Workspace {
         products(kRows * kKeys) {}
 };
 
-// delta and, in base 2, lse of every row [B, H, Lq]; a row that sees nothing has lse infinity and so no probabilities.
-void find_deltas(const AttentionArgs& a, float* delta, float* lse, int threads) {
+// do . o and lse of every row [B, H, Lq]; a row that sees nothing gets lse infinity, and so no probabilities. The sums
+// are added in the order of the product do v^T: where o is v, their difference is 0 and not a rounding.
+void find_sums(const AttentionArgs& a, float* sums, float* lse, int threads) {
+  constexpr int64_t kAtOnce = 8;
   for_each(
       threads, a.batch * a.heads, [] { return 0; },
       [&](int, int64_t item) {
         const int64_t b = item / a.heads, h = item % a.heads;
-        alignas(64) float o[256], g[256];
-        for (int64_t i = 0; i < a.q_len; i++) {
-          const int64_t at = item * a.q_len + i;
-          load_run(row_of(a.out, b, h, i), a.out.dtype, a.value_dim, o);
-          load_run(row_of(a.grad_out, b, h, i), a.grad_out.dtype, a.value_dim, g);
-          float sum = a.grad_lse ? -a.grad_lse[at] : 0.0f;
-          for (int64_t d = 0; d < a.value_dim; d++) sum += o[d] * g[d];
-          const bool nothing = a.lse[at] == -kInfinity;
-          delta[at] = nothing ? 0.0f : sum;
-          lse[at] = nothing ? kInfinity : a.lse[at] * kLog2E;
+        float o[kAtOnce][256] = {}, g[kAtOnce][256] = {};
+        for (int64_t row = 0; row < a.q_len; row += kAtOnce) {
+          const int64_t n = std::min(kAtOnce, a.q_len - row), at = item * a.q_len + row;
+          for (int64_t i = 0; i < n; i++) {
+            load_run(row_of(a.out, b, h, row + i), a.out.dtype, a.value_dim, o[i]);
+            load_run(row_of(a.grad_out, b, h, row + i), a.grad_out.dtype, a.value_dim, g[i]);
+          }
+          float sum[kAtOnce] = {};
+          for (int64_t d = 0; d < a.value_dim; d++)
+            for (int64_t i = 0; i < kAtOnce; i++) sum[i] = fma1(g[i][d], o[i][d], sum[i]);
+          for (int64_t i = 0; i < n; i++) {
+            sums[at + i] = sum[i];
+            lse[at + i] = a.lse[at + i] == -kInfinity ? kInfinity : a.lse[at + i];
+          }
         }
       });
 }
 
 // Scores to p and products do . v to ds, in place.
 void differentiate(const AttentionArgs& a, int64_t b, int64_t row, int64_t n, int64_t key, bool partial,
-                   const float* delta, const float* lse, Workspace& w) {
+                   const float* sums, const float* lse, const float* grad_lse, Workspace& w) {
   const int32_t all[4] = {0, (int32_t)a.kv_len, 0, 0};
-  const vf c = splat(a.scale * kLog2E);
+  const vf scale = splat(a.scale);
   for (int64_t i = 0; i < n; i++) {
     float *s = w.scores.data() + i * kKeys, *g = w.products.data() + i * kKeys;
     const int32_t* range = a.ranges ? a.ranges + b * a.ranges_stride + (row + i) * 4 : all;
-    const vf base = splat(lse[i]), own = splat(delta[i]);
+    const vf base = splat(lse[i]), own = splat(sums[i]), more = splat(grad_lse ? grad_lse[i] : 0.0f);
     for (int64_t k = 0; k < kKeys; k += kLanes) {
-      vf p = power_of_two(load<vf>(s + k) * c - base);
-      vf ds = p * (load<vf>(g + k) - own);
+      vf p = exponential(load<vf>(s + k) * scale - base);
+      vf ds = p * ((load<vf>(g + k) - own) + more);
       if (partial) {
         const vi seen = seen_lanes(range, key + k);
         p = as_float(as_int(p) & seen), ds = as_float(as_int(ds) & seen);
@@ -99,11 +105,11 @@ void differentiate(const AttentionArgs& a, int64_t b, int64_t row, int64_t n, in
 }
 
 // All rows of the query heads of a key head against one tile of keys.
-void walk(const AttentionArgs& a, const Plan& plan, int64_t b, int64_t kv_head, int64_t tile, const float* delta,
+void walk(const AttentionArgs& a, const Plan& plan, int64_t b, int64_t kv_head, int64_t tile, const float* sums,
           const float* lse, float* grad_q, Workspace& w) {
   const int64_t key = tile * kKeys, keys = std::min(kKeys, a.kv_len - key);
-  load_columns(a.k, b, kv_head, key, keys, a.dim, w.key_columns.data());
-  load_columns(a.v, b, kv_head, key, keys, a.value_dim, w.value_columns.data());
+  load_columns(a.k, b, kv_head, key, key, key + keys, a.dim, w.key_columns.data());
+  load_columns(a.v, b, kv_head, key, key, key + keys, a.value_dim, w.value_columns.data());
   load_rows(a.k, b, kv_head, key, keys, kKeys, a.dim, plan.width, w.key_rows.data());
   std::fill(w.grad_k.data(), w.grad_k.data() + kKeys * plan.width, 0.0f);
   std::fill(w.grad_v.data(), w.grad_v.data() + kKeys * plan.value_width, 0.0f);
@@ -119,7 +125,7 @@ void walk(const AttentionArgs& a, const Plan& plan, int64_t b, int64_t kv_head, 
       multiply<false>(Left{w.grad_out.data(), plan.value_width, 1}, w.value_columns.data(), kKeys, w.products.data(),
                       kKeys, n, kKeys, a.value_dim);
       const bool partial = keys < kKeys || !sight.sees_all(key, key + keys);
-      differentiate(a, b, row, n, key, partial, delta + at, lse + at, w);
+      differentiate(a, b, row, n, key, partial, sums + at, lse + at, a.grad_lse ? a.grad_lse + at : nullptr, w);
       multiply<true>(Left{w.scores.data(), 1, kKeys}, w.grad_out.data(), plan.value_width, w.grad_v.data(),
                      plan.value_width, kKeys, plan.value_width, n);
       multiply<true>(Left{w.products.data(), 1, kKeys}, w.q.data(), plan.width, w.grad_k.data(), plan.width, kKeys,
@@ -165,8 +171,8 @@ void attention_backward(const AttentionArgs& a) {
   const Plan plan(a);
   const int threads = threads_for(a.batch * a.heads * a.q_len * a.kv_len * a.dim, 1 << 18);
   const int64_t size = plan.grad_q_size(a), heads = a.batch * a.kv_heads;
-  const Floats delta(a.batch * a.heads * a.q_len), lse(a.batch * a.heads * a.q_len), grad_q(plan.parts * size);
-  find_deltas(a, delta.data(), lse.data(), threads);
+  const Floats sums(a.batch * a.heads * a.q_len), lse(a.batch * a.heads * a.q_len), grad_q(plan.parts * size);
+  find_sums(a, sums.data(), lse.data(), threads);
   for_each(
       threads, heads * plan.parts, [&] { return Workspace(a, plan); },
       [&](Workspace& w, int64_t item) {
@@ -177,7 +183,7 @@ void attention_backward(const AttentionArgs& a) {
         std::fill(own + first, own + first + plan.group * a.q_len * plan.width, 0.0f);
         // Parts take turns: where later keys are seen by fewer rows, all have as much to do.
         for (int64_t tile = part; tile < plan.keys; tile += plan.parts)
-          walk(a, plan, b, kv_head, tile, delta.data(), lse.data(), own, w);
+          walk(a, plan, b, kv_head, tile, sums.data(), lse.data(), own, w);
       });
   store_grad_q(a, plan, grad_q.data(), threads);
 }

@@ -1,4 +1,5 @@
-// C (+)= A B of small float32 matrices that lie in the caches, register tile by register tile.
+// C (+)= A B of small matrices that lie in the caches, register tile by register tile: of float32, or (AVX512-BF16) of
+// bfloat16 with sums in float32.
 #pragma once
 #include "cpu/simd.h"
 
@@ -28,7 +29,25 @@ struct Left {
   int64_t row, column;
 };
 
-template <int ROWS, int VECTORS, bool ADD>
+// Two bfloat16 neighbours along k in each number: A[m][2k], A[m][2k + 1] and B[2k][n], B[2k + 1][n]. `depth` counts
+// pairs.
+struct Numbers {
+  static vf add_product(vf sum, vf a, vf b) { return multiply_add(a, b, sum); }
+};
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static vf add_product(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
+// A float's bits in every lane. An arithmetic splat would quieten what is a pair and not a number.
+inline vf broadcast(const float* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return as_float(vi{} + bits);
+}
+
+template <class Product, int ROWS, int VECTORS, bool ADD>
 inline void register_tile(Left left, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
   vf sum[ROWS][VECTORS];
   for (int m = 0; m < ROWS; m++)
@@ -37,34 +56,49 @@ inline void register_tile(Left left, const float* b, int64_t b_row, float* c, in
     vf right[VECTORS];
     for (int n = 0; n < VECTORS; n++) right[n] = load<vf>(b + k * b_row + n * kLanes);
     for (int m = 0; m < ROWS; m++) {
-      const vf scalar = splat(left.a[m * left.row + k * left.column]);
-      for (int n = 0; n < VECTORS; n++) sum[m][n] = multiply_add(scalar, right[n], sum[m][n]);
+      const vf scalar = broadcast(left.a + m * left.row + k * left.column);
+      for (int n = 0; n < VECTORS; n++) sum[m][n] = Product::add_product(sum[m][n], scalar, right[n]);
     }
   }
   for (int m = 0; m < ROWS; m++)
     for (int n = 0; n < VECTORS; n++) store(c + m * c_row + n * kLanes, sum[m][n]);
 }
 
-template <int ROWS, bool ADD>
+template <class Product, int ROWS, bool ADD>
 inline void row_panel(Left left, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t columns,
                       int64_t depth) {
   int64_t n = 0;
   for (; n + kTileVectors * kLanes <= columns; n += kTileVectors * kLanes)
-    register_tile<ROWS, kTileVectors, ADD>(left, b + n, b_row, c + n, c_row, depth);
-  for (; n < columns; n += kLanes) register_tile<ROWS, 1, ADD>(left, b + n, b_row, c + n, c_row, depth);
+    register_tile<Product, ROWS, kTileVectors, ADD>(left, b + n, b_row, c + n, c_row, depth);
+  for (; n < columns; n += kLanes) register_tile<Product, ROWS, 1, ADD>(left, b + n, b_row, c + n, c_row, depth);
+}
+
+template <bool ADD, class Product>
+void multiply_part(Left left, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t columns,
+                   int64_t depth) {
+  int64_t m = 0;
+  for (; m + kTileRows <= rows; m += kTileRows)
+    row_panel<Product, kTileRows, ADD>(Left{left.a + m * left.row, left.row, left.column}, b, b_row, c + m * c_row,
+                                       c_row, columns, depth);
+  for (; m < rows; m++)
+    row_panel<Product, 1, ADD>(Left{left.a + m * left.row, left.row, left.column}, b, b_row, c + m * c_row, c_row,
+                               columns, depth);
 }
 
 // C[rows][columns] = A[rows][depth] B[depth][columns], added to C if ADD; `columns` is a multiple of kLanes.
-template <bool ADD>
+template <bool ADD, class Product = Numbers>
 void multiply(Left left, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t columns,
               int64_t depth) {
-  int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows)
-    row_panel<kTileRows, ADD>(Left{left.a + m * left.row, left.row, left.column}, b, b_row, c + m * c_row, c_row,
-                              columns, depth);
-  for (; m < rows; m++)
-    row_panel<1, ADD>(Left{left.a + m * left.row, left.row, left.column}, b, b_row, c + m * c_row, c_row, columns,
-                      depth);
+#if defined(__FMA__)
+  multiply_part<ADD, Product>(left, b, b_row, c, c_row, rows, columns, depth);
+#else
+  // Products are rounded too here; short sums make up for it.
+  constexpr int64_t kShort = 16;
+  multiply_part<ADD, Product>(left, b, b_row, c, c_row, rows, columns, depth < kShort ? depth : kShort);
+  for (int64_t k = kShort; k < depth; k += kShort)
+    multiply_part<true, Product>(Left{left.a + k * left.column, left.row, left.column}, b + k * b_row, b_row, c, c_row,
+                                 rows, columns, depth - k < kShort ? depth - k : kShort);
+#endif
 }
 
 }  // namespace
