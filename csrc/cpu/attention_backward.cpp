@@ -72,8 +72,12 @@ void find_sums(const AttentionArgs& a, float* sums, float* lse, int threads) {
             load_run(row_of(a.grad_out, b, h, row + i), a.grad_out.dtype, a.value_dim, g[i]);
           }
           float sum[kAtOnce] = {};
-          for (int64_t d = 0; d < a.value_dim; d++)
-            for (int64_t i = 0; i < kAtOnce; i++) sum[i] = fma1(g[i][d], o[i][d], sum[i]);
+          for (int64_t first = 0; first < a.value_dim; first += kLongestSum) {
+            float part[kAtOnce] = {};
+            for (int64_t d = first; d < std::min(first + kLongestSum, a.value_dim); d++)
+              for (int64_t i = 0; i < kAtOnce; i++) part[i] = fma1(g[i][d], o[i][d], part[i]);
+            for (int64_t i = 0; i < kAtOnce; i++) sum[i] += part[i];
+          }
           for (int64_t i = 0; i < n; i++) {
             sums[at + i] = sum[i];
             lse[at + i] = a.lse[at + i] == -kInfinity ? kInfinity : a.lse[at + i];

@@ -178,11 +178,11 @@ inline vf exponential(vf x) {
   constexpr float kLowest = -60.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   x = larger(splat(kLowest), x);
   const vi gone = x <= splat(kLowest);
-  const vf big = multiply_add(x, splat(kLog2E), splat(kRoundToInteger)), k = big - splat(kRoundToInteger);
-  const vf r = multiply_add(k, splat(-kLn2Low), multiply_add(k, splat(-kLn2High), x)) * splat(kLog2E);
+  const vf big = fma_exact(x, splat(kLog2E), splat(kRoundToInteger)), k = big - splat(kRoundToInteger);
+  const vf r = fma_exact(k, splat(-kLn2Low), fma_exact(k, splat(-kLn2High), x)) * splat(kLog2E);
   const vi n = as_int(big) - as_int(splat(kRoundToInteger));
   vf p = splat(kExp2P[6]);
-  for (int i = 5; i >= 0; i--) p = multiply_add(p, r, splat(kExp2P[i]));
+  for (int i = 5; i >= 0; i--) p = fma_exact(p, r, splat(kExp2P[i]));
   return as_float(as_int(times_power(p, n)) & ~gone);
 }
 

@@ -13,6 +13,14 @@ constexpr int kTileRows = 4, kTileVectors = 4;
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
+// Products are added up in runs of so many. Without a fused multiply-add they are rounded too; short runs make up for
+// it.
+#if defined(__FMA__)
+constexpr int64_t kLongestSum = int64_t(1) << 40;
+#else
+constexpr int64_t kLongestSum = 16;
+#endif
+
 inline vf multiply_add(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -51,7 +59,7 @@ template <class Product, int ROWS, int VECTORS, bool ADD>
 inline void register_tile(Left left, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
   vf sum[ROWS][VECTORS];
   for (int m = 0; m < ROWS; m++)
-    for (int n = 0; n < VECTORS; n++) sum[m][n] = ADD ? load<vf>(c + m * c_row + n * kLanes) : vf{};
+    for (int n = 0; n < VECTORS; n++) sum[m][n] = vf{};
   for (int64_t k = 0; k < depth; k++) {
     vf right[VECTORS];
     for (int n = 0; n < VECTORS; n++) right[n] = load<vf>(b + k * b_row + n * kLanes);
@@ -61,7 +69,10 @@ inline void register_tile(Left left, const float* b, int64_t b_row, float* c, in
     }
   }
   for (int m = 0; m < ROWS; m++)
-    for (int n = 0; n < VECTORS; n++) store(c + m * c_row + n * kLanes, sum[m][n]);
+    for (int n = 0; n < VECTORS; n++) {
+      float* to = c + m * c_row + n * kLanes;
+      store(to, ADD ? load<vf>(to) + sum[m][n] : sum[m][n]);
+    }
 }
 
 template <class Product, int ROWS, bool ADD>
@@ -89,16 +100,10 @@ void multiply_part(Left left, const float* b, int64_t b_row, float* c, int64_t c
 template <bool ADD, class Product = Numbers>
 void multiply(Left left, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t columns,
               int64_t depth) {
-#if defined(__FMA__)
-  multiply_part<ADD, Product>(left, b, b_row, c, c_row, rows, columns, depth);
-#else
-  // Products are rounded too here; short sums make up for it.
-  constexpr int64_t kShort = 16;
-  multiply_part<ADD, Product>(left, b, b_row, c, c_row, rows, columns, depth < kShort ? depth : kShort);
-  for (int64_t k = kShort; k < depth; k += kShort)
+  multiply_part<ADD, Product>(left, b, b_row, c, c_row, rows, columns, depth < kLongestSum ? depth : kLongestSum);
+  for (int64_t k = kLongestSum; k < depth; k += kLongestSum)
     multiply_part<true, Product>(Left{left.a + k * left.column, left.row, left.column}, b + k * b_row, b_row, c, c_row,
-                                 rows, columns, depth - k < kShort ? depth - k : kShort);
-#endif
+                                 rows, columns, depth - k < kLongestSum ? depth - k : kLongestSum);
 }
 
 }  // namespace
