@@ -6,6 +6,7 @@ namespace genfast {
 
 void register_token_sampling(pybind11::module_& module);
 void register_token_masking(pybind11::module_& module);
+void register_attention(pybind11::module_& module);
 void register_token_head(pybind11::module_& module);
 
 }  // namespace genfast

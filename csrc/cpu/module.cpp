@@ -149,5 +149,6 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_transfer_direct(module);
   register_token_sampling(module);
   register_token_masking(module);
+  register_attention(module);
   register_token_head(module);
 }

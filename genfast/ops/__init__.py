@@ -1,3 +1,11 @@
 """Public ops: signatures, checks and dispatch. The arithmetic is in the backends."""
 
-from genfast.ops import sampler_step, token_head, token_masking, token_sampling, token_transfer, token_transition  # noqa: F401
+from genfast.ops import (  # noqa: F401
+    attention,
+    sampler_step,
+    token_head,
+    token_masking,
+    token_sampling,
+    token_transfer,
+    token_transition,
+)
