@@ -1,8 +1,9 @@
 """What the compilers make of the GPU kernels that ship, on a machine with no GPU.
 
 ``python -m benchmarks.compile_report [--quick] [--target sm_90 ...] [--skip triton|cuda]`` compiles every Triton
-configuration of ``genfast.kernels`` (``configurations``, ``token_configurations``) and every ``csrc/cuda/*.cu`` ahead
-of time and prints registers, spills and shared memory per kernel and target. The exit code is 1 if a kernel spills.
+configuration of ``genfast.kernels`` (``configurations``, ``token_configurations``, ``attention_configurations``) and
+every ``csrc/cuda/*.cu`` ahead of time and prints registers, spills and shared memory per kernel and target. The exit
+code is 1 if a kernel spills.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
 QUICK_CASES = ("ddim", "guided_rescale_threshold_philox", "on_device")
 QUICK_TOKEN_CASES = ("greedy", "guided_few_rows", "top_k_top_p")
+QUICK_ATTENTION_CASES = ("attention_grouped_64", "attention_few_queries_128", "attention_backward_64")
 QUICK_DTYPES = ("fp32+bf16",)
 
 
@@ -138,7 +140,7 @@ def triton_launches(cases=None, dtypes=None) -> dict[str, tuple[str, Launch]]:
 
 def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(name, dtypes, call) of every configuration of every family."""
-    from genfast.kernels import configurations, token_configurations
+    from genfast.kernels import attention, attention_configurations, configurations, token_configurations
     from genfast.kernels.sampler_step import sampler_step
     from genfast.kernels.token_masking import forward_mask
     from genfast.kernels.token_sampling import sample_tokens
@@ -160,6 +162,10 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     for name in token_configurations.MASKS:
         x0, options = token_configurations.mask_arguments(name)
         yield name, "fp32", functools.partial(forward_mask, x0, **options)
+    for name in attention_configurations.CASES:
+        for dtype in attention_configurations.DTYPES:
+            op, args, options = attention_configurations.arguments(name, dtype)
+            yield name, dtype, functools.partial(getattr(attention, op), *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):
@@ -292,7 +298,7 @@ def main(argv=None) -> int:
 
     print(f"{'configuration or file':42} {'kernel':60} {'target':7} {'regs':>5} {'spills':>6} {'shared':>7}")
     if "triton" not in options.skip:
-        quick = (QUICK_CASES + QUICK_TOKEN_CASES, (*QUICK_DTYPES, "bf16"))
+        quick = (QUICK_CASES + QUICK_TOKEN_CASES + QUICK_ATTENTION_CASES, (*QUICK_DTYPES, "bf16"))
         show(triton_rows(targets, *(quick if options.quick else ())))
     if "cuda" not in options.skip:
         nvcc, wanted = find_nvcc(), [t for t in targets if t in NVIDIA]

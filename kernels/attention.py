@@ -130,6 +130,12 @@ def _attend(
     return o, top, l
 
 
+@triton.jit
+def _share(count, part, parts):
+    """Where a part begins among so many tiles."""
+    return (count.to(tl.int64) * part // parts).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["ranges_stride", "heads", "q_len", "kv_len", "parts", "scale"])
 def forward_kernel(
     q, k, v, out, lse, ranges,
@@ -157,7 +163,8 @@ def forward_kernel(
     at = q + batch * q_batch + heads_of[:, None] * q_head + query.to(tl.int64)[:, None] * q_row + column[None, :]
     q_tile = tl.load(at, mask=inside[:, None] & (column < SIZE)[None, :], other=0.0)
     if NEGATIVE:
-        q_tile = -q_tile  # so that the largest score is that of the largest product
+        # So that the largest score is that of the largest product.
+        q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
     if RANGES:
@@ -171,13 +178,12 @@ def forward_kernel(
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
     full, masked = full_count(edges), masked_count(edges)
-    # The counts of tiles times parts stay below 2^31: there are parts only where keys are few enough for one device.
-    for n in range(full * part // parts, full * (part + 1) // parts):
+    for n in range(_share(full, part, parts), _share(full, part + 1, parts)):
         o, m, l = _attend(
             o, m, l, q_tile, k, v, full_tile(edges, n), k_row, v_row, kv_len, intervals, scale,
             False, RANGES, SIZE, PAD, V_SIZE, V_PAD, KEYS,
         )  # fmt: skip
-    for n in range(masked * part // parts, masked * (part + 1) // parts):
+    for n in range(_share(masked, part, parts), _share(masked, part + 1, parts)):
         o, m, l = _attend(
             o, m, l, q_tile, k, v, masked_tile(edges, n), k_row, v_row, kv_len, intervals, scale,
             True, RANGES, SIZE, PAD, V_SIZE, V_PAD, KEYS,
@@ -193,7 +199,7 @@ def forward_kernel(
     tl.store(lse + part.to(tl.int64) * lse_part + (batch * heads + heads_of) * q_len + query, found, mask=inside)
 
 
-@triton.jit(do_not_specialize=["out_batch", "out_head", "lse_part", "heads", "q_len", "parts"])
+@triton.jit(do_not_specialize=["lse_part", "heads", "q_len", "rows", "parts"])
 def merge_kernel(
     partial, partial_lse, out, lse, out_batch, out_head, out_row, lse_part, heads, q_len, rows, parts,
     V_SIZE: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr,
@@ -217,7 +223,7 @@ def merge_kernel(
     o = o / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(lse + row, tl.where(total == 0.0, m, finite + tl.log2(total) * _LN2), mask=inside)
     column = tl.arange(0, V_PAD)
-    at = row // (heads * q_len) * out_batch + row // q_len % heads * out_head + row % q_len * out_row
+    at = row // q_len // heads * out_batch + row // q_len % heads * out_head + row % q_len * out_row
     mask = inside[:, None] & (column < V_SIZE)[None, :]
     tl.store(out + at[:, None] + column[None, :], o.to(out.dtype.element_ty), mask=mask)
 
@@ -230,7 +236,7 @@ def delta_kernel(
     """delta = rowsum(do o) - dlse; the lse of a row that sees nothing depends on nothing."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    batch, head, query = row // (heads * q_len), row // q_len % heads, row % q_len
+    batch, head, query = row // q_len // heads, row // q_len % heads, row % q_len
     column = tl.arange(0, V_PAD)
     mask = inside[:, None] & (column < V_SIZE)[None, :]
     at = (batch * g_batch + head * g_head + query * g_row)[:, None] + column[None, :]
@@ -410,7 +416,7 @@ def _ranges(ranges: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
 
 def _chosen(table: dict, tiles, sizes: dict, q: Tensor) -> tuple[int, int, dict]:
     rows, keys, warps, stages = tiles or table[max(sizes["PAD"], sizes["V_PAD"]), q.element_size()]
-    return rows, keys, dict(num_warps=warps, num_stages=stages)
+    return rows, keys, dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def attention(
