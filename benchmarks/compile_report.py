@@ -126,10 +126,10 @@ _TYPE_NAMES = {
 }
 
 
-def triton_launches(cases=None, dtypes=None) -> dict[str, tuple[str, Launch]]:
+def triton_launches(cases=None, dtypes=None, target: str = "sm_90") -> dict[str, tuple[str, Launch]]:
     """Every distinct kernel of the configurations: key -> (name of the first configuration that uses it, launch)."""
     found: dict[str, tuple[str, Launch]] = {}
-    for case, dtype, call in _triton_calls():
+    for case, dtype, call in _triton_calls(target):
         if (cases is None or case in cases) and (dtypes is None or dtype in dtypes):
             with recorded_launches() as launches:
                 call()
@@ -138,8 +138,8 @@ def triton_launches(cases=None, dtypes=None) -> dict[str, tuple[str, Launch]]:
     return found
 
 
-def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """(name, dtypes, call) of every configuration of every family."""
+def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(name, dtypes, call) of every configuration of every family, as the target runs it."""
     from genfast.kernels import attention, attention_configurations, configurations, token_configurations
     from genfast.kernels.sampler_step import sampler_step
     from genfast.kernels.token_masking import forward_mask
@@ -165,7 +165,7 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     for name in attention_configurations.CASES:
         for dtype in attention_configurations.DTYPES:
             op, args, options = attention_configurations.arguments(name, dtype)
-            yield name, dtype, functools.partial(getattr(attention, op), *args, **options)
+            yield name, dtype, functools.partial(getattr(attention, op), *args, **options, target=target)
 
 
 def compile_launch(launch: Launch, target: str):
@@ -180,8 +180,8 @@ def compile_launch(launch: Launch, target: str):
 
 
 def triton_rows(targets=TARGETS, cases=None, dtypes=None) -> Iterator[Row]:
-    for name, launch in triton_launches(cases, dtypes).values():
-        for target in targets:
+    for target in targets:
+        for name, launch in triton_launches(cases, dtypes, target).values():
             compiled = compile_launch(launch, target)
             registers, spilled = _amd_usage(compiled) if target.startswith("gfx") else _nvidia_usage(compiled)
             yield Row(name, launch.kernel.__name__, target, registers, spilled, compiled.metadata.shared)

@@ -2,7 +2,7 @@
 
 Forward: a program holds a tile of query rows and goes over tiles of keys with a running maximum m and sum l in base 2,
 
-    s = q k^T scale log2(e),   m' = max(m, max s),   p = 2^(s - m'),   l = l 2^(m - m') + sum p,   o = o 2^(m - m') + p v,
+    s = q k^T scale log2(e),  m' = max(m, max s),  p = 2^(s - m'),  l = l 2^(m - m') + sum p,  o = o 2^(m - m') + p v,
 
 and divides by l at the end. Tiles of keys that none of its rows sees are never visited, those that all see carry no
 mask (``attention_tiles``). With few queries the heads that share a key head become rows of one tile, so that keys are
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genfast.backends import interpreting
+from genfast.kernels.attention_sizes import BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD, target_of, tile_sizes
 from genfast.kernels.attention_tiles import (
     all_tile_edges,
     bounds_kernel,
@@ -40,28 +41,6 @@ LEAST_KEYS = 128
 
 LANES = 32
 """Tiles of keys whose rows one program looks up."""
-
-FORWARD = {
-    # (size of a head, bytes of a number): rows, keys, warps, stages
-    (16, 2): (128, 64, 4, 3), (32, 2): (128, 64, 4, 3), (64, 2): (128, 64, 4, 3), (128, 2): (128, 64, 8, 3),
-    (256, 2): (64, 32, 4, 2),
-    (16, 4): (64, 32, 4, 2), (32, 4): (64, 32, 4, 2), (64, 4): (64, 32, 4, 2), (128, 4): (32, 32, 4, 2),
-    (256, 4): (32, 16, 4, 2),
-}  # fmt: skip
-BACKWARD_KEYS = {
-    # rows, keys: the program's own are the keys
-    (16, 2): (64, 128, 4, 2), (32, 2): (64, 128, 4, 2), (64, 2): (64, 128, 8, 2), (128, 2): (64, 64, 8, 2),
-    (256, 2): (32, 32, 8, 2),
-    (16, 4): (32, 32, 4, 2), (32, 4): (32, 32, 4, 2), (64, 4): (32, 32, 4, 2), (128, 4): (16, 32, 4, 1),
-    (256, 4): (16, 16, 4, 1),
-}  # fmt: skip
-BACKWARD_QUERIES = {
-    (16, 2): (128, 64, 4, 2), (32, 2): (128, 64, 4, 2), (64, 2): (128, 64, 8, 2), (128, 2): (64, 64, 8, 2),
-    (256, 2): (32, 32, 4, 2),
-    (16, 4): (32, 32, 4, 2), (32, 4): (32, 32, 4, 2), (64, 4): (32, 32, 4, 2), (128, 4): (32, 16, 4, 1),
-    (256, 4): (16, 16, 4, 1),
-}  # fmt: skip
-"""What each kernel was found to compile to without spills on every target; nothing is tried at the first call."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -89,10 +68,17 @@ def _store(base, rows, stride, inside, value, SIZE: tl.constexpr, PAD: tl.conste
 
 
 @triton.jit
-def _dot(a, b):
+def _products(rows, others, FLIPPED: tl.constexpr):
+    """Of each of a tile of rows with each of others.
+
+    Without matrix instructions the rows, which stay the same over all tiles, would be held in registers whole, as the
+    left factor. The backward kernels, which hold two such tiles, make them the right one.
+    """
     if _INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+        rows, others = rows.to(tl.float32), others.to(tl.float32)
+    if FLIPPED and rows.dtype == tl.float32:
+        return tl.trans(tl.dot(others, tl.trans(rows), input_precision="ieee"))
+    return tl.dot(rows, tl.trans(others), input_precision="ieee")
 
 
 @triton.jit
@@ -104,14 +90,14 @@ def _dot_add(a, b, c):
 
 @triton.jit
 def _attend(
-    o, m, l, q, k, v, tile, k_stride, v_stride, kv_len, intervals, scale,
+    o, m, total, q, k, v, tile, k_stride, v_stride, kv_len, intervals, scale,
     MASKED: tl.constexpr, RANGES: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, V_SIZE: tl.constexpr,
     V_PAD: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys into the running output, maximum and sum of a tile of rows."""
     keys = tile * KEYS + tl.arange(0, KEYS)
     inside = keys < kv_len
-    s = _dot(q, tl.trans(_load(k, keys, k_stride, inside, SIZE, PAD, MASKED)))
+    s = _products(q, _load(k, keys, k_stride, inside, SIZE, PAD, MASKED), False)
     if MASKED:
         seen = in_interval(keys, intervals, 0) if RANGES else tl.broadcast_to(inside[None, :], s.shape)
         s = tl.where(seen, s * scale, float("-inf"))
@@ -124,10 +110,10 @@ def _attend(
         finite = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp2(s * scale - finite[:, None])
     fade = tl.exp2(m - finite)
-    l = l * fade + tl.sum(p, 1)
+    total = total * fade + tl.sum(p, 1)
     v_tile = _load(v, keys, v_stride, inside, V_SIZE, V_PAD, MASKED)
     o = _dot_add(p.to(v_tile.dtype), v_tile, o * fade[:, None])
-    return o, top, l
+    return o, top, total
 
 
 @triton.jit
@@ -176,22 +162,23 @@ def forward_kernel(
 
     o = tl.zeros((ROWS, V_PAD), tl.float32)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
-    l = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     full, masked = full_count(edges), masked_count(edges)
     for n in range(_share(full, part, parts), _share(full, part + 1, parts)):
-        o, m, l = _attend(
-            o, m, l, q_tile, k, v, full_tile(edges, n), k_row, v_row, kv_len, intervals, scale,
+        o, m, total = _attend(
+            o, m, total, q_tile, k, v, full_tile(edges, n), k_row, v_row, kv_len, intervals, scale,
             False, RANGES, SIZE, PAD, V_SIZE, V_PAD, KEYS,
         )  # fmt: skip
     for n in range(_share(masked, part, parts), _share(masked, part + 1, parts)):
-        o, m, l = _attend(
-            o, m, l, q_tile, k, v, masked_tile(edges, n), k_row, v_row, kv_len, intervals, scale,
+        o, m, total = _attend(
+            o, m, total, q_tile, k, v, masked_tile(edges, n), k_row, v_row, kv_len, intervals, scale,
             True, RANGES, SIZE, PAD, V_SIZE, V_PAD, KEYS,
         )  # fmt: skip
 
-    seen = l > 0.0
-    o = o * tl.where(seen, 1.0 / tl.where(seen, l, 1.0), l)[:, None]
-    found = tl.where(seen, (m + tl.log2(tl.where(seen, l, 1.0))) * _LN2, tl.where(l == 0.0, float("-inf"), l))
+    unseen = total == 0.0
+    total = tl.where(unseen, 1.0, total)
+    o = o * (1.0 / total)[:, None]
+    found = tl.where(unseen, float("-inf"), (m + tl.log2(total)) * _LN2)
     column = tl.arange(0, V_PAD)
     out += part.to(tl.int64) * out_part + batch * out_batch
     at = out + heads_of[:, None] * out_head + query.to(tl.int64)[:, None] * out_row + column[None, :]
@@ -271,12 +258,12 @@ def _key_gradients(
     else:
         lse_2 = _base_2(tl.load(lse + rows))
         mean = tl.load(delta + rows)
-    p = tl.exp2(_dot(k, tl.trans(q_tile)) * scale - lse_2[None, :])
+    p = tl.exp2(_products(k, q_tile, True) * scale - lse_2[None, :])
     if MASKED and RANGES:
         p = tl.where(in_interval(keys, row_intervals(ranges, rows, inside), 1), p, 0.0)
     g_tile = _load(g, rows, g_stride, inside, V_SIZE, V_PAD, MASKED)
     dv = _dot_add(p.to(g_tile.dtype), g_tile, dv)
-    ds = p * (_dot(v, tl.trans(g_tile)) - mean[None, :])
+    ds = p * (_products(v, g_tile, True) - mean[None, :])
     dk = _dot_add(ds.to(q_tile.dtype), q_tile, dk)
     return dk, dv
 
@@ -339,12 +326,12 @@ def _query_gradient(
     keys = tile * KEYS + tl.arange(0, KEYS)
     inside = keys < kv_len
     k_tile = _load(k, keys, k_stride, inside, SIZE, PAD, MASKED)
-    p = tl.exp2(_dot(q, tl.trans(k_tile)) * scale - lse_2[:, None])
+    p = tl.exp2(_products(q, k_tile, True) * scale - lse_2[:, None])
     if MASKED:
         seen = in_interval(keys, intervals, 0) if RANGES else tl.broadcast_to(inside[None, :], p.shape)
         p = tl.where(seen, p, 0.0)
     v_tile = _load(v, keys, v_stride, inside, V_SIZE, V_PAD, MASKED)
-    ds = p * (_dot(g, tl.trans(v_tile)) - mean[:, None])
+    ds = p * (_products(g, v_tile, True) - mean[:, None])
     return _dot_add(ds.to(k_tile.dtype), k_tile, dq)
 
 
@@ -414,23 +401,24 @@ def _ranges(ranges: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
     return ranges, 0 if ranges.shape[0] == 1 else ranges.stride(0)
 
 
-def _chosen(table: dict, tiles, sizes: dict, q: Tensor) -> tuple[int, int, dict]:
-    rows, keys, warps, stages = tiles or table[max(sizes["PAD"], sizes["V_PAD"]), q.element_size()]
+def _chosen(table: dict, tiles, sizes: dict, q: Tensor, target: str | None) -> tuple[int, int, dict]:
+    pad = max(sizes["PAD"], sizes["V_PAD"])
+    rows, keys, warps, stages = tiles or tile_sizes(table, pad, q.element_size(), target or target_of(q.device))
     return rows, keys, dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, ranges: Tensor | None, scale: float, out: Tensor, lse: Tensor,
-    fill: int = FILL, tiles: tuple[int, int, int, int] | None = None,
+    fill: int = FILL, tiles: tuple[int, int, int, int] | None = None, target: str | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`genfast.attention`; ``fill`` and ``tiles`` (rows, keys, warps, stages) are for tests."""
+    """See :func:`genfast.attention`; ``fill``, ``tiles`` (rows, keys, warps, stages) and ``target`` are for tests."""
     q, k, v = map(_rows, (q, k, v))
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
     if not lse.numel():
         return
     sizes = _sizes(q, v)
-    rows, keys, options = _chosen(FORWARD, tiles, sizes, q)
+    rows, keys, options = _chosen(FORWARD, tiles, sizes, q, target)
     group = heads // kv_heads
     packed = group if q_len < rows else 1
     rows = min(rows, next(n for n in (16, 64, rows) if n >= min(q_len * packed, rows)))
@@ -460,9 +448,9 @@ def attention(
 def attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
     ranges: Tensor | None, scale: float, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
-    tiles: tuple[tuple[int, int, int, int], tuple[int, int, int, int]] | None = None,
+    tiles: tuple[tuple[int, int, int, int], tuple[int, int, int, int]] | None = None, target: str | None = None,
 ) -> None:  # fmt: skip
-    """The three gradients, written; ``tiles`` of the two kernels, keys' and queries', are for tests."""
+    """The three gradients, written; ``tiles`` (of the keys' kernel and the queries') and ``target`` are for tests."""
     if not lse.numel() or not k.numel():
         for grad in (grad_q, grad_k, grad_v):
             grad.zero_()
@@ -486,7 +474,7 @@ def attention_backward(
         heads, q_len, lse.numel(), GRAD_LSE=grad_lse is not None, **values, ROWS=summed, num_warps=4,
     )  # fmt: skip
 
-    rows, keys, options = _chosen(BACKWARD_KEYS, of_keys, sizes, q)
+    rows, keys, options = _chosen(BACKWARD_KEYS, of_keys, sizes, q, target)
     kv_tiles = triton.cdiv(kv_len, keys)
     edges = _query_edges(ranges, q_len, kv_len, rows, keys)
     edges, edges_stride = (mask, 0) if edges is None else (edges, 0 if edges.shape[0] == 1 else kv_tiles * 8)
@@ -495,7 +483,7 @@ def attention_backward(
         mask_stride, edges_stride, kv_heads, q_len, kv_len, *scales, **own, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
 
-    rows, keys, options = _chosen(BACKWARD_QUERIES, of_queries, sizes, q)
+    rows, keys, options = _chosen(BACKWARD_QUERIES, of_queries, sizes, q, target)
     query_gradient_kernel[(triton.cdiv(q_len, rows) * heads * batch,)](
         q, k, v, grad_out, lse, delta, mask, grad_q, *_strides(q, k, v, grad_out, grad_q),
         mask_stride, heads, q_len, kv_len, *scales, **own, ROWS=rows, KEYS=keys, **options,

@@ -38,7 +38,7 @@ def in_interval(keys, intervals, ROWS: tl.constexpr):
 
 @triton.jit
 def interval_ends(begin, end, inside, kv_len):
-    """(low, high, inner_low, inner_high): some row of a tile sees keys in [low, high), all rows [inner_low, inner_high).
+    """(low, high, inner_low, inner_high): some row sees keys in [low, high), all rows [inner_low, inner_high).
 
     Where no row sees anything high is 0, and where any does not inner_high is 0.
     """
