@@ -4,10 +4,10 @@ Forward: a program holds a tile of query rows and goes over tiles of keys with a
 
     s = q k^T scale log2(e),  m' = max(m, max s),  p = 2^(s - m'),  l = l 2^(m - m') + sum p,  o = o 2^(m - m') + p v,
 
-and divides by l at the end. Tiles of keys that none of its rows sees are never visited, those that all see carry no
-mask (``attention_tiles``). With few queries the heads that share a key head become rows of one tile, so that keys are
-read once; where programs are still too few to fill the device, keys are split between them and a last kernel merges
-the parts by their log-sum-exp.
+and in the end o / l and lse = m ln 2 + log l. Tiles of keys that none of its rows sees are never visited, those that all
+see carry no mask (``attention_tiles``). With few queries the heads that share a key head become rows of one tile, so
+that keys are read once; where programs are still too few to fill the device, keys are split between them and a last
+kernel merges what the parts have found.
 
 Backward: delta = rowsum(do o) - dlse; then dk and dv by tiles of keys, over all rows that see them and all heads of the
 group, and dq by tiles of queries. Nothing is added atomically: results are the same to the bit from run to run.
@@ -117,6 +117,15 @@ def _attend(
 
 
 @triton.jit
+def _finished(o, m, total):
+    """The output and the log-sum-exp of rows that have seen all their keys."""
+    unseen = total == 0.0
+    total = tl.where(unseen, 1.0, total)
+    lse = tl.where(unseen, float("-inf"), tl.fma(tl.where(unseen, 0.0, m), _LN2, tl.log(total)))
+    return o * (1.0 / total)[:, None], lse
+
+
+@triton.jit
 def _share(count, part, parts):
     """Where a part begins among so many tiles."""
     return (count.to(tl.int64) * part // parts).to(tl.int32)
@@ -127,10 +136,14 @@ def forward_kernel(
     q, k, v, out, lse, ranges,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     out_part, lse_part, ranges_stride, heads, q_len, kv_len, parts, scale,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, NEGATIVE: tl.constexpr, RANGES: tl.constexpr, SIZE: tl.constexpr,
-    PAD: tl.constexpr, V_SIZE: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, NEGATIVE: tl.constexpr, SPLIT: tl.constexpr, RANGES: tl.constexpr,
+    SIZE: tl.constexpr, PAD: tl.constexpr, V_SIZE: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
-    """With PACKED heads in a tile, row r is of query r // PACKED and of head r % PACKED among them."""
+    """With PACKED heads in a tile, row r is of query r // PACKED and of head r % PACKED among them.
+
+    With SPLIT keys a part leaves what it has, undivided: o, and in place of lse its m and, beyond all parts', its l.
+    """
     # The last rows first: under causal masks they see most.
     tiles = tl.cdiv(q_len * PACKED, ROWS)
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -175,40 +188,42 @@ def forward_kernel(
             True, RANGES, SIZE, PAD, V_SIZE, V_PAD, KEYS,
         )  # fmt: skip
 
-    unseen = total == 0.0
-    total = tl.where(unseen, 1.0, total)
-    o = o * (1.0 / total)[:, None]
-    found = tl.where(unseen, float("-inf"), (m + tl.log2(total)) * _LN2)
+    lse += (batch * heads + heads_of) * q_len + query
+    if SPLIT:
+        lse += part.to(tl.int64) * lse_part
+        tl.store(lse, m, mask=inside)
+        tl.store(lse + parts.to(tl.int64) * lse_part, total, mask=inside)
+    else:
+        o, found = _finished(o, m, total)
+        tl.store(lse, found, mask=inside)
     column = tl.arange(0, V_PAD)
     out += part.to(tl.int64) * out_part + batch * out_batch
     at = out + heads_of[:, None] * out_head + query.to(tl.int64)[:, None] * out_row + column[None, :]
     tl.store(at, o.to(out.dtype.element_ty), mask=inside[:, None] & (column < V_SIZE)[None, :])
-    tl.store(lse + part.to(tl.int64) * lse_part + (batch * heads + heads_of) * q_len + query, found, mask=inside)
 
 
 @triton.jit(do_not_specialize=["lse_part", "heads", "q_len", "rows", "parts"])
 def merge_kernel(
-    partial, partial_lse, out, lse, out_batch, out_head, out_row, lse_part, heads, q_len, rows, parts,
+    partial, states, out, lse, out_batch, out_head, out_row, lse_part, heads, q_len, rows, parts,
     V_SIZE: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Parts [P, B, H, Lq, Dv] put together by their log-sum-exps."""
+    """Parts o [P, B, H, Lq, Dv], m and l [2, P, B, H, Lq] put together."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
     lse_part = lse_part.to(tl.int64)
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
     for part in range(parts):
-        m = tl.maximum(m, tl.load(partial_lse + part * lse_part + row, mask=inside, other=float("-inf")))
+        m = tl.maximum(m, tl.load(states + part * lse_part + row, mask=inside, other=float("-inf")))
     finite = tl.where(m == float("-inf"), 0.0, m)
     total = tl.zeros((ROWS,), tl.float32)
     o = tl.zeros((ROWS, V_PAD), tl.float32)
     for part in range(parts):
         first = part * lse_part
-        of_part = tl.load(partial_lse + first + row, mask=inside, other=float("-inf"))
-        weight = tl.exp2((of_part - finite) * _LOG2_E)
-        total += weight
+        weight = tl.exp2(tl.load(states + first + row, mask=inside, other=float("-inf")) - finite)
+        total += weight * tl.load(states + (parts * lse_part + first) + row, mask=inside, other=0.0)
         o += weight[:, None] * _load(partial + first * V_SIZE, row, V_SIZE, inside, V_SIZE, V_PAD, True)
-    o = o / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(lse + row, tl.where(total == 0.0, m, finite + tl.log2(total) * _LN2), mask=inside)
+    o, found = _finished(o, m, total)
+    tl.store(lse + row, found, mask=inside)
     column = tl.arange(0, V_PAD)
     at = row // q_len // heads * out_batch + row // q_len % heads * out_head + row % q_len * out_row
     mask = inside[:, None] & (column < V_SIZE)[None, :]
@@ -427,15 +442,15 @@ def attention(
     found, found_lse, part_sizes = out, lse, (0, 0)
     if parts > 1:
         found = torch.empty((parts, *out.shape), dtype=torch.float32, device=q.device)
-        found_lse = torch.empty((parts, *lse.shape), dtype=torch.float32, device=q.device)
+        found_lse = torch.empty((2, parts, *lse.shape), dtype=torch.float32, device=q.device)
         part_sizes = (out.numel(), lse.numel())
     mask, mask_stride = _ranges(ranges, lse)
     forward_kernel[(programs, parts)](
         q, k, v, found, found_lse, mask,
         *_strides(q, k, v, found[0] if parts > 1 else out), *part_sizes, mask_stride,
         heads, q_len, kv_len, parts, abs(scale) * _LOG2_E.value,
-        GROUP=group, PACKED=packed, NEGATIVE=scale < 0, RANGES=ranges is not None, **sizes, ROWS=rows, KEYS=keys,
-        **options,
+        GROUP=group, PACKED=packed, NEGATIVE=scale < 0, SPLIT=parts > 1, RANGES=ranges is not None, **sizes,
+        ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     if parts > 1:
         merged = 4

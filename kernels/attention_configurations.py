@@ -18,7 +18,10 @@ SHAPES = {
 _WITHOUT_MASK = ("attention", "attention_one_query", "attention_backward_all")
 
 CASES = {
-    f"{name}_{size}": (name, size) for name in SHAPES for size in SIZES if name not in _WITHOUT_MASK or size in (64, 128)
+    f"{name}_{size}": (name, size)
+    for name in SHAPES
+    for size in SIZES
+    if name not in _WITHOUT_MASK or size in (64, 128)
 }
 """Without a mask there is less of everything, so two sizes stand for all."""
 
