@@ -4,9 +4,9 @@ Forward: a program holds a tile of query rows and goes over tiles of keys with a
 
     s = q k^T scale log2(e),  m' = max(m, max s),  p = 2^(s - m'),  l = l 2^(m - m') + sum p,  o = o 2^(m - m') + p v,
 
-and in the end o / l and lse = m ln 2 + log l. Tiles of keys that none of its rows sees are never visited, those that all
-see carry no mask (``attention_tiles``). With few queries the heads that share a key head become rows of one tile, so
-that keys are read once; where programs are still too few to fill the device, keys are split between them and a last
+and in the end o / l and lse = m ln 2 + log l. Tiles of keys that none of its rows sees are never visited, those that
+all see carry no mask (``attention_tiles``). With few queries the heads that share a key head become rows of one tile,
+so that keys are read once; where programs are still too few to fill the device, keys are split between them and a last
 kernel merges what the parts have found.
 
 Backward: delta = rowsum(do o) - dlse; then dk and dv by tiles of keys, over all rows that see them and all heads of the
@@ -131,12 +131,12 @@ def _share(count, part, parts):
     return (count.to(tl.int64) * part // parts).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["ranges_stride", "heads", "q_len", "kv_len", "parts", "scale"])
+@triton.jit(do_not_specialize=["ranges_stride", "heads", "group", "q_len", "kv_len", "parts", "scale"])
 def forward_kernel(
     q, k, v, out, lse, ranges,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
-    out_part, lse_part, ranges_stride, heads, q_len, kv_len, parts, scale,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, NEGATIVE: tl.constexpr, SPLIT: tl.constexpr, RANGES: tl.constexpr,
+    out_part, lse_part, ranges_stride, heads, group, q_len, kv_len, parts, scale,
+    PACKED: tl.constexpr, NEGATIVE: tl.constexpr, SPLIT: tl.constexpr, RANGES: tl.constexpr,
     SIZE: tl.constexpr, PAD: tl.constexpr, V_SIZE: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def forward_kernel(
     own_heads = heads // PACKED
     batch = (head // own_heads).to(tl.int64)
     head = head % own_heads * PACKED
-    kv_head = (head // GROUP).to(tl.int64)
+    kv_head = (head // group).to(tl.int64)
     part = tl.program_id(1)
 
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -283,13 +283,15 @@ def _key_gradients(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["ranges_stride", "edges_stride", "kv_heads", "q_len", "kv_len", "scale", "scale_2"])
+@triton.jit(
+    do_not_specialize=["ranges_stride", "edges_stride", "kv_heads", "group", "q_len", "kv_len", "scale", "scale_2"]
+)
 def key_gradient_kernel(
     q, k, v, grad_out, lse, delta, ranges, edges, grad_k, grad_v,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    ranges_stride, edges_stride, kv_heads, q_len, kv_len, scale, scale_2,
-    GROUP: tl.constexpr, RANGES: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, V_SIZE: tl.constexpr,
+    ranges_stride, edges_stride, kv_heads, group, q_len, kv_len, scale, scale_2,
+    RANGES: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, V_SIZE: tl.constexpr,
     V_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(kv_len, KEYS)
@@ -312,11 +314,11 @@ def key_gradient_kernel(
     full, masked = full_count(bounds), masked_count(bounds)
     dk = tl.zeros((KEYS, PAD), tl.float32)
     dv = tl.zeros((KEYS, V_PAD), tl.float32)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
+    for member in range(group):
+        head = kv_head * group + member
         q_of = q + batch * q_batch + head * q_head
         g_of = grad_out + batch * g_batch + head * g_head
-        first = (batch * kv_heads * GROUP + head) * q_len
+        first = (batch * kv_heads * group + head) * q_len
         for n in range(full):
             dk, dv = _key_gradients(
                 dk, dv, k_tile, v_tile, q_of, g_of, lse + first, delta + first, ranges, full_tile(bounds, n), keys,
@@ -350,12 +352,12 @@ def _query_gradient(
     return _dot_add(ds.to(k_tile.dtype), k_tile, dq)
 
 
-@triton.jit(do_not_specialize=["ranges_stride", "heads", "q_len", "kv_len", "scale", "scale_2"])
+@triton.jit(do_not_specialize=["ranges_stride", "heads", "group", "q_len", "kv_len", "scale", "scale_2"])
 def query_gradient_kernel(
     q, k, v, grad_out, lse, delta, ranges, grad_q,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
-    dq_batch, dq_head, dq_row, ranges_stride, heads, q_len, kv_len, scale, scale_2,
-    GROUP: tl.constexpr, RANGES: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, V_SIZE: tl.constexpr,
+    dq_batch, dq_head, dq_row, ranges_stride, heads, group, q_len, kv_len, scale, scale_2,
+    RANGES: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, V_SIZE: tl.constexpr,
     V_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(q_len, ROWS)
@@ -369,8 +371,8 @@ def query_gradient_kernel(
     first = (batch * heads + head) * q_len
     lse_2 = _base_2(tl.load(lse + first + rows, mask=inside, other=float("-inf")))
     mean = tl.load(delta + first + rows, mask=inside, other=0.0)
-    k += batch * k_batch + head // GROUP * k_head
-    v += batch * v_batch + head // GROUP * v_head
+    k += batch * k_batch + head // group * k_head
+    v += batch * v_batch + head // group * v_head
     if RANGES:
         intervals = row_intervals(ranges + batch * ranges_stride, rows, inside)
         edges = key_tile_edges(intervals, inside, kv_len, KEYS)
@@ -448,8 +450,8 @@ def attention(
     forward_kernel[(programs, parts)](
         q, k, v, found, found_lse, mask,
         *_strides(q, k, v, found[0] if parts > 1 else out), *part_sizes, mask_stride,
-        heads, q_len, kv_len, parts, abs(scale) * _LOG2_E.value,
-        GROUP=group, PACKED=packed, NEGATIVE=scale < 0, SPLIT=parts > 1, RANGES=ranges is not None, **sizes,
+        heads, group, q_len, kv_len, parts, abs(scale) * _LOG2_E.value,
+        PACKED=packed, NEGATIVE=scale < 0, SPLIT=parts > 1, RANGES=ranges is not None, **sizes,
         ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     if parts > 1:
@@ -477,7 +479,8 @@ def attention_backward(
     kv_heads, kv_len = k.shape[1:3]
     sizes = _sizes(q, v)
     values = dict(V_SIZE=sizes["V_SIZE"], V_PAD=sizes["V_PAD"])
-    own = dict(GROUP=heads // kv_heads, RANGES=ranges is not None, **sizes)
+    group = heads // kv_heads
+    own = dict(RANGES=ranges is not None, **sizes)
     mask, mask_stride = _ranges(ranges, lse)
     scales = (scale, scale * _LOG2_E.value)
     of_keys, of_queries = tiles or (None, None)
@@ -495,13 +498,13 @@ def attention_backward(
     edges, edges_stride = (mask, 0) if edges is None else (edges, 0 if edges.shape[0] == 1 else kv_tiles * 8)
     key_gradient_kernel[(kv_tiles * kv_heads * batch,)](
         q, k, v, grad_out, lse, delta, mask, edges, grad_k, grad_v, *_strides(q, k, v, grad_out, grad_k, grad_v),
-        mask_stride, edges_stride, kv_heads, q_len, kv_len, *scales, **own, ROWS=rows, KEYS=keys, **options,
+        mask_stride, edges_stride, kv_heads, group, q_len, kv_len, *scales, **own, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
 
     rows, keys, options = _chosen(BACKWARD_QUERIES, of_queries, sizes, q, target)
     query_gradient_kernel[(triton.cdiv(q_len, rows) * heads * batch,)](
         q, k, v, grad_out, lse, delta, mask, grad_q, *_strides(q, k, v, grad_out, grad_q),
-        mask_stride, heads, q_len, kv_len, *scales, **own, ROWS=rows, KEYS=keys, **options,
+        mask_stride, heads, group, q_len, kv_len, *scales, **own, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     for grad, found in zip(wanted, grads):
         if found is not grad:

@@ -9,7 +9,7 @@ SIZES = (64, 80, 96, 128, 256)
 SHAPES = {
     # (B, H, Hkv, Lq, Lk)
     "attention": (2, 16, 16, 4096, 4096),
-    "attention_grouped": (2, 16, 4, 4096, 4096),
+    "attention_masked": (2, 16, 4, 4096, 4096),
     "attention_few_queries": (1, 32, 8, 32, 4096),
     "attention_one_query": (1, 32, 8, 1, 4096),
     "attention_backward": (2, 16, 4, 4096, 4096),
