@@ -28,7 +28,7 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
 QUICK_CASES = ("ddim", "guided_rescale_threshold_philox", "on_device")
 QUICK_TOKEN_CASES = ("greedy", "guided_few_rows", "top_k_top_p")
-QUICK_ATTENTION_CASES = ("attention_masked_64", "attention_few_queries_128", "attention_backward_64")
+QUICK_ATTENTION_CASES = ("attention_few_queries_64", "attention_backward_64")
 QUICK_DTYPES = ("fp32+bf16",)
 
 

@@ -419,9 +419,13 @@ def _ranges(ranges: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
 
 
 def _chosen(table: dict, tiles, sizes: dict, q: Tensor, target: str | None) -> tuple[int, int, dict]:
+    target = target or target_of(q.device)
     pad = max(sizes["PAD"], sizes["V_PAD"])
-    rows, keys, warps, stages = tiles or tile_sizes(table, pad, q.element_size(), target or target_of(q.device))
-    return rows, keys, dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    rows, keys, warps, stages = tiles or tile_sizes(table, pad, q.element_size(), target)
+    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    if q.element_size() == 4 and target.startswith("sm_"):
+        options["maxnreg"] = 255  # ptxas would rather spill a few bytes than leave room for one program alone
+    return rows, keys, options
 
 
 def attention(
