@@ -423,8 +423,9 @@ def _chosen(table: dict, tiles, sizes: dict, q: Tensor, target: str | None) -> t
     pad = max(sizes["PAD"], sizes["V_PAD"])
     rows, keys, warps, stages = tiles or tile_sizes(table, pad, q.element_size(), target)
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
-    if q.element_size() == 4 and target.startswith("sm_"):
-        options["maxnreg"] = 255  # ptxas would rather spill a few bytes than leave room for one program alone
+    if q.element_size() == 4 and pad < 256 and target.startswith("sm_"):
+        # Left to itself ptxas spills a few bytes so that two programs fit; with the largest heads it does the opposite.
+        options["maxnreg"] = 255
     return rows, keys, options
 
 
@@ -443,6 +444,8 @@ def attention(
     group = heads // kv_heads
     packed = group if q_len < rows else 1
     rows = min(rows, next(n for n in (16, 64, rows) if n >= min(q_len * packed, rows)))
+    if rows == 16:
+        options["num_warps"] = 4
     programs = triton.cdiv(q_len * packed, rows) * (heads // packed) * batch
     parts = max(min(fill // programs, triton.cdiv(kv_len, max(LEAST_KEYS, keys))), 1)
     found, found_lse, part_sizes = out, lse, (0, 0)
