@@ -42,6 +42,8 @@ LEAST_KEYS = 128
 LANES = 32
 """Tiles of keys whose rows one program looks up."""
 
+FUSED = {"enable_fp_fusion": True}
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _INTERPRETED = tl.constexpr(interpreting())
@@ -422,7 +424,7 @@ def _chosen(table: dict, tiles, sizes: dict, q: Tensor, target: str | None) -> t
     target = target or target_of(q.device)
     pad = max(sizes["PAD"], sizes["V_PAD"])
     rows, keys, warps, stages = tiles or tile_sizes(table, pad, q.element_size(), target)
-    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    options = dict(num_warps=warps, num_stages=stages, **FUSED)
     if q.element_size() == 4 and pad < 256 and target.startswith("sm_"):
         # Left to itself ptxas spills a few bytes so that two programs fit; with the largest heads it does the opposite.
         options["maxnreg"] = 255
@@ -465,7 +467,7 @@ def attention(
         merged = 4
         merge_kernel[(triton.cdiv(lse.numel(), merged),)](
             found, found_lse, out, lse, *_strides(out), lse.numel(), heads, q_len, lse.numel(), parts,
-            V_SIZE=sizes["V_SIZE"], V_PAD=sizes["V_PAD"], ROWS=merged, num_warps=2,
+            V_SIZE=sizes["V_SIZE"], V_PAD=sizes["V_PAD"], ROWS=merged, num_warps=2, **FUSED,
         )  # fmt: skip
 
 
@@ -496,7 +498,7 @@ def attention_backward(
     summed = 16
     delta_kernel[(triton.cdiv(lse.numel(), summed),)](
         grad_out, out, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, *_strides(grad_out, out),
-        heads, q_len, lse.numel(), GRAD_LSE=grad_lse is not None, **values, ROWS=summed, num_warps=4,
+        heads, q_len, lse.numel(), GRAD_LSE=grad_lse is not None, **values, ROWS=summed, num_warps=4, **FUSED,
     )  # fmt: skip
 
     rows, keys, options = _chosen(BACKWARD_KEYS, of_keys, sizes, q, target)
@@ -524,9 +526,11 @@ def _query_edges(ranges: Tensor | None, q_len: int, kv_len: int, rows: int, keys
         return None
     batch, q_tiles, kv_tiles = ranges.shape[0], triton.cdiv(q_len, rows), triton.cdiv(kv_len, keys)
     bounds = ranges.new_empty((batch, q_tiles, 8))
-    bounds_kernel[(q_tiles, batch)](ranges, ranges.stride(0), bounds, q_len, kv_len, q_tiles, TILE=rows, num_warps=1)
+    bounds_kernel[(q_tiles, batch)](
+        ranges, ranges.stride(0), bounds, q_len, kv_len, q_tiles, TILE=rows, num_warps=1, **FUSED
+    )
     edges = ranges.new_empty((batch, kv_tiles, 8))
     query_edges_kernel[(triton.cdiv(kv_tiles, LANES), batch)](
-        bounds, edges, q_len, kv_len, q_tiles, kv_tiles, Q_TILE=rows, KV_TILE=keys, LANES=LANES, num_warps=1
+        bounds, edges, q_len, kv_len, q_tiles, kv_tiles, Q_TILE=rows, KV_TILE=keys, LANES=LANES, num_warps=1, **FUSED
     )
     return edges
