@@ -62,6 +62,16 @@ def test_the_attention_kernels():
     }  # fmt: skip
 
 
+def test_attention_has_matrix_instructions_and_wide_copies():
+    launches = compile_report.triton_launches(compile_report.QUICK_ATTENTION_CASES, ["bf16"], "sm_90").values()
+    large = [launch for _, launch in launches if "num_stages" in launch.options]
+    assert len(large) == 3
+    for launch in large:
+        code = compile_report.compile_launch(launch, "sm_90").asm["ptx"]
+        # Copies past the first-level cache are of 16 bytes: a row that is not known to be aligned has none.
+        assert "wgmma.mma_async" in code and "cp.async.cg.shared.global" in code
+
+
 def attention_launches(q_len, kv_len, **options):
     _, (q, k, v), defaults = attention_configurations.arguments("attention_few_queries_64", "bf16")
     q, out = (t.expand(1, 32, q_len, 64) for t in (q[:, :, :1], q[:, :, :1]))
