@@ -9,7 +9,7 @@ import functools
 import torch
 
 FORWARD = {
-    # (padded size of a head, bytes of a number): {target: (query rows, keys, warps, stages)}
+    # (padded size of a head, bytes of a number): {target: (query rows, keys, warps, stages)}; "" is for all others
     (64, 2): {"": (128, 64, 4, 3)},
     (128, 2): {"": (128, 64, 8, 3), "gfx942": (128, 32, 4, 1)},
     (256, 2): {"": (128, 32, 8, 2), "sm_80": (64, 32, 8, 2), "gfx942": (64, 32, 4, 2)},
@@ -35,9 +35,6 @@ BACKWARD_QUERIES = {
     (128, 4): {"": (32, 32, 8, 1), "gfx942": (16, 32, 8, 1)},
     (256, 4): {"": (32, 16, 8, 1), "gfx942": (16, 16, 4, 1)},
 }
-
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-"""The kinds of GPU that may have entries of their own; "" is for all others."""
 
 
 def tile_sizes(table: dict, pad: int, item_size: int, target: str) -> tuple[int, int, int, int]:
