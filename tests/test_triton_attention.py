@@ -33,6 +33,7 @@ CASES = [
     ),
     *(AttentionCase(GROUP, "causal", BF16, layout, backward=True) for layout in checks.LAYOUTS[1:]),
     *(AttentionCase((1, 2, 1, 12, 20, d, dv), "varlen", F32, backward=True) for d, dv in ((8, 40), (80, 64), (128, 1))),
+    AttentionCase((1, 1, 1, 64, 64, 16, 16), "window and first keys", backward=True),  # with a gap between tiles
     AttentionCase((1, 1, 1, 20, 20, 40, 80), "block causal", BF16, backward=True),
     *(AttentionCase(GROUP, "causal", BF16, scale=scale, backward=True) for scale in (-0.3, 0.0)),
     *(AttentionCase(FEW_QUERIES, "intervals, rows without keys", dtype) for dtype in (F32, BF16)),
