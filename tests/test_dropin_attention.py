@@ -45,7 +45,7 @@ def qkv(heads=4, key_heads=4, length=64, dtype=torch.float32, grad=False, batch=
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5)
 
 
 def agree(f, g, q, k, v):
@@ -186,6 +186,7 @@ def fallbacks():
     yield "three dimensions", (q[0], k[0], v[0]), {}
     yield "batch that broadcasts", (q, k[:1], v[:1]), {}
     yield "few queries", few, {}
+    yield "a mask and is_causal", (q, k, v, torch.ones(64, 64, dtype=torch.bool)), dict(is_causal=True)
     yield "no queries", (q[:, :, :0], k, v), {}
 
 
@@ -226,8 +227,6 @@ def test_sdpa_refusals():
     for arguments in ((q, k[:, :2], v[:, :2]), (q, k, v.double()), (q, k, v, SCATTERED[:5])):  # theirs
         with pytest.raises(RuntimeError):
             ours.scaled_dot_product_attention(*arguments)
-    with pytest.raises(RuntimeError):
-        ours.scaled_dot_product_attention(q, k, v, SCATTERED, is_causal=True)
 
 
 def test_an_order_for_a_backend_is_kept(calls):
@@ -268,7 +267,7 @@ def test_flex_auxiliary_outputs(calls, eager):
     if not hasattr(flex, "AuxRequest"):
         pytest.skip("this release of PyTorch has no return_aux")
     q, k, v = qkv()
-    for request in (flex.AuxRequest(lse=True), flex.AuxRequest(), flex.AuxRequest(lse=True, max_scores=True)):
+    for request in (flex.AuxRequest(lse=True), flex.AuxRequest()):
         (out, aux), (theirs, their_aux) = (
             f(q, k, v, return_aux=request) for f in (ours.flex_attention, flex.flex_attention)
         )
@@ -278,6 +277,8 @@ def test_flex_auxiliary_outputs(calls, eager):
             if a is not None:
                 close(a, b)
     assert len(calls) == 2
+    with pytest.raises(NotImplementedError, match="max scores"):  # theirs, on CPUs
+        ours.flex_attention(q, k, v, return_aux=flex.AuxRequest(max_scores=True))
     with pytest.raises(ValueError, match="both return_lse and return_aux"):
         ours.flex_attention(q, k, v, return_lse=True, return_aux=flex.AuxRequest(lse=True))
 

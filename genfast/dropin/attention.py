@@ -220,14 +220,18 @@ def of_attn_mask(attn_mask, is_causal: bool, q: Tensor, k: Tensor):
     if attn_mask is None:
         if not is_causal:
             return UNKNOWN if few(q, k) else None
-        lengths = q.shape[2], k.shape[2]
-        if torch.compiler.is_compiling():
-            return AttentionMask.causal(*lengths, device=q.device)
-        return UNKNOWN if few(q, k) else _causal(*lengths, q.device)
+        return UNKNOWN if few(q, k) else causal_mask(q.shape[2], k.shape[2], q.device)
     if is_causal or few(q, k) or not isinstance(attn_mask, Tensor) or torch.compiler.is_compiling():
         return UNKNOWN
     work = q.numel() * k.shape[2]
     return of_dense(attn_mask, q, k, read=q.device.type == "cpu" and work >= LEAST_WORK)
+
+
+def causal_mask(q_len: int, kv_len: int, device: torch.device) -> AttentionMask:
+    """Query i sees the keys up to i; one is kept for the lengths that come up."""
+    if torch.compiler.is_compiling():
+        return AttentionMask.causal(q_len, kv_len, device=device)
+    return _causal(q_len, kv_len, device)
 
 
 @functools.lru_cache(maxsize=32)
