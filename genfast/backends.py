@@ -117,7 +117,7 @@ def _choose(family: str, op: str, device: str, ordered: str | None) -> tuple[str
 
 
 def has_fused(family: str, device: str) -> bool:
-    """Whether :func:`choose` would find more than plain PyTorch, or a backend was ordered (which it obeys or refuses)."""
+    """Whether :func:`choose` would find more than plain PyTorch; True where a backend was ordered."""
     wanted = {"cpu": ("cpu",), "cuda": CUDA_ORDER[family]}.get(device, ())
     return override() is not None or any(missing(name, device) is None for name in wanted)
 

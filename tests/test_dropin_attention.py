@@ -1,4 +1,4 @@
-"""PyTorch's attention functions by our name: the same numbers, on our kernels where they should be, else on PyTorch's."""
+"""PyTorch's attention functions by our name: the same numbers, from our kernels where they should be."""
 
 import gc
 import inspect
@@ -79,17 +79,15 @@ def test_sdpa_with_a_mask(mask, form, calls):
         dense = torch.zeros(dense.shape).masked_fill(~dense, -torch.inf)
     given = mask if form == "structure" else dense
     q, k, v = qkv(grad=True)
-    agree(
-        lambda *t: ours.scaled_dot_product_attention(*t, given), lambda *t: sdpa(*t, dense), q, k, v
-    )
+    agree(lambda *t: ours.scaled_dot_product_attention(*t, given), lambda *t: sdpa(*t, dense), q, k, v)
     assert len(calls) == 1 and torch.equal(calls[0].ranges, mask.ranges)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 def test_sdpa_without_a_mask(causal, key_heads, calls):
+    arguments = dict(is_causal=causal, scale=0.3, enable_gqa=key_heads != 4)
     for length in (64, 48):
-        arguments = dict(is_causal=causal, scale=0.3, enable_gqa=key_heads != 4)
         agree(
             lambda *t: ours.scaled_dot_product_attention(*t, **arguments),
             lambda *t: sdpa(*t, **arguments),
@@ -222,7 +220,7 @@ def test_sdpa_refusals():
     with pytest.raises(ValueError, match="is_causal must be False"):
         ours.scaled_dot_product_attention(q, k, v, mask, is_causal=True)
     for wrong in (AttentionMask.causal(63, 64), AttentionMask.full(64, 65), MASKS["padding"]):
-        with pytest.raises(ValueError, match="attn_mask is AttentionMask.*query is"):
+        with pytest.raises(ValueError, match=r"attn_mask is AttentionMask.*query is"):
             ours.scaled_dot_product_attention(q[:1], k[:1], v[:1], wrong)
     for arguments in ((q, k[:, :2], v[:, :2]), (q, k, v.double()), (q, k, v, SCATTERED[:5])):  # theirs
         with pytest.raises(RuntimeError):

@@ -14,22 +14,22 @@ CPU with its module, CUDA            any other device, and where no fused backen
                                      without an AttentionMask: a decoding step, for which the kernels are not made
 ==================================== ==================================================================================
 
-**BlockMask.** One that :meth:`AttentionMask.to_block_mask` made is known at no cost. Any other is converted at its first
-use (its ``mask_mod`` is evaluated once for every pair, as ``create_block_mask`` does) and remembered as long as it lives:
-tensors that its ``mask_mod`` reads must not change, which would not reach its blocks either.
+**BlockMask.** One that :meth:`AttentionMask.to_block_mask` made is known at no cost. Any other is converted at its
+first use (its ``mask_mod`` is evaluated once for every pair, as ``create_block_mask`` does) and remembered as long as
+it lives: tensors that its ``mask_mod`` reads must not change, which would not reach its blocks either.
 
-**Dense masks** [.., Lq, Lk] that are the same for all heads: bool, or additive of 0 and -inf (or the least number of the
-dtype, where every query sees some key). Reading one costs about half a nanosecond per pair on a CPU, some hundredths of
-the attention itself. It is done on CPUs only (it needs an answer on the host), and from :data:`LEAST_WORK` on; what was
-found is remembered as long as the tensor lives and is not changed in place. Tensors made in inference mode do not tell
-of changes and are read at every call.
+**Dense masks** [.., Lq, Lk] that are the same for all heads: bool, or additive of 0 and -inf (or the least number of
+the dtype, where every query sees some key). Reading one costs about half a nanosecond per pair on a CPU, some
+hundredths of the attention itself. It is done on CPUs only (it needs an answer on the host), and from
+:data:`LEAST_WORK` on; what was found is remembered as long as the tensor lives and is not changed in place. Tensors
+made in inference mode do not tell of changes and are read at every call.
 
-**A query that sees no key** has 0, log-sum-exp -inf and gradient 0. PyTorch's functions say the same since 2.5 for bool
-masks and -inf; before, and in softmax written out, it is NaN.
+**A query that sees no key** has 0, log-sum-exp -inf and gradient 0. So say PyTorch's functions (2.13) for bool masks and
+-inf; softmax written out says NaN.
 
 **Autocast** converts query, key and value as PyTorch's functions do. Second derivatives are not there, as in PyTorch's
-fused kernels. Under ``torch.compile`` masks are known by their kind alone: no mask, ``is_causal``, an AttentionMask and a
-BlockMask made of one; the rest is PyTorch's.
+fused kernels. Under ``torch.compile`` masks are known by their kind alone: no mask, ``is_causal``, an AttentionMask and
+a BlockMask made of one; the rest is PyTorch's.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def flex_attention(
 
     Args:
         block_mask: a BlockMask; an :class:`AttentionMask` is taken as well.
-        kernel_options: of PyTorch's kernels. Sizes of tiles and the like are used only where PyTorch runs; a ``BACKEND``
-            is an order, and PyTorch runs.
+        kernel_options: of PyTorch's kernels. Sizes of tiles and the like are used only where PyTorch runs; a
+            ``BACKEND`` is an order, and PyTorch runs.
 
     Returns:
         [B, H, Lq, Dv]; with ``return_lse`` and float32 [B, H, Lq], or with ``return_aux`` and an AuxOutput.
@@ -127,7 +127,7 @@ def scaled_dot_product_attention(
     """
     ours = isinstance(attn_mask, AttentionMask)
     if ours and is_causal:
-        raise ValueError("attn_mask is an AttentionMask, so is_causal must be False (combine with AttentionMask.causal)")
+        raise ValueError("attn_mask is an AttentionMask, so is_causal must be False (`& AttentionMask.causal(..)`)")
     if ours and not fits(attn_mask, query, key):
         raise ValueError(
             f"attn_mask is {attn_mask!r}; query is {list(query.shape)}, key {list(key.shape)} on {query.device}"
@@ -266,7 +266,7 @@ def of_dense(dense: Tensor, q: Tensor, k: Tensor, read: bool = True):
 
 
 def _rows(dense: Tensor, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor | None:
-    """[1 or B, 1 or Lq, Lk] of a mask that broadcasts to [B, H, Lq, Lk]; None where heads differ, or of another shape."""
+    """[1 or B, 1 or Lq, Lk] of what broadcasts to [B, H, Lq, Lk]; None of other shapes, and where heads differ."""
     if not 2 <= dense.dim() <= 4 or not dense.numel():
         return None
     wide = dense[(None,) * (4 - dense.dim())]

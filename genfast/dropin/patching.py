@@ -139,8 +139,11 @@ def patch(peer: str) -> Patched:
     the peer's own; after ``genfast.patch("k_diffusion")``, ``k_diffusion.sampling.sample_euler`` and its likes are
     genfast's functions. Every module of the peer that is loaded, or loaded later, gets them. Call it before the code
     that says ``from diffusers import DDIMScheduler``; pipelines that exist already are for :func:`accelerate`.
-    After ``genfast.patch("transformers")``, models take ``attn_implementation="genfast"``
-    (:mod:`genfast.dropin.transformers`). Calling it twice does nothing more. ``with genfast.patch(...):`` undoes it at the end of the block.
+
+    After ``genfast.patch("transformers")``, models take ``attn_implementation="genfast"``: their attention is
+    :func:`attention`, their masks are structures (``genfast/dropin/transformers.py``).
+
+    Calling it twice does nothing more. ``with genfast.patch(...):`` undoes it at the end of the block.
 
     Args:
         peer: ``"diffusers"``, ``"k_diffusion"`` or ``"transformers"``.

@@ -3,10 +3,11 @@
 ::
 
     genfast.patch("transformers")
-    model = AutoModel.from_pretrained(name, attn_implementation="genfast")  # or model.set_attn_implementation("genfast")
+    model = AutoModel.from_pretrained(name, attn_implementation="genfast")
+    model.set_attn_implementation("genfast")  # or so, for one that is there
 
-The masks that a model asks transformers for (causal, bidirectional, sliding window, chunks, packed documents, padding on
-either side, and their combinations) are made as an :class:`AttentionMask` once per call of the model: causal and
+The masks that a model asks transformers for (causal, bidirectional, sliding window, chunks, packed documents, padding
+on either side, and their combinations) are made as an :class:`AttentionMask` once per call of the model: causal and
 bidirectional ones from their lengths, any other by evaluating transformers' own mask function some rows at a time. A
 caller's own mask, block causal say, is passed as a BlockMask, which models hand on as it is::
 
@@ -16,11 +17,13 @@ or as a dense one [B, 1, Lq, Lk], bool or of 0 and the dtype's least number, whi
 
 On transformers' ``sdpa`` (``flex_attention`` for a BlockMask) runs what :mod:`genfast.dropin.attention` leaves to
 PyTorch: masks of more than two runs per row, dropout in training, position biases, paged caches, float64, and on CPUs
-steps of few queries. What ``sdpa`` does not compute (``softcap``, attention sinks, attention weights) is refused, or
-missing, as there.
+steps of few queries. What ``sdpa`` does not compute (``softcap``, attention sinks) is refused; like it, this returns no
+attention weights. A query that sees no key (padding before a causal text) has 0 here and under ``sdpa``, the mean of
+all values under ``eager``: what a model says at padding differs, and nothing else.
 
-Under ``torch.compile`` and export, masks with padding are dense, and run on PyTorch. A model that asks for a mask to
-compute with (``allow_is_causal_skip=False``) is given a dense one.
+Under ``torch.compile`` and export, masks that depend on values (padding; packed documents, for which a decoder without
+a cache is always searched) are dense, and run on PyTorch. A model that asks for a mask to compute with
+(``allow_is_causal_skip=False``) is given a dense one.
 """
 
 from __future__ import annotations
