@@ -24,8 +24,8 @@ hundredths of the attention itself. It is done on CPUs only (it needs an answer 
 :data:`LEAST_WORK` on; what was found is remembered as long as the tensor lives and is not changed in place. Tensors
 made in inference mode do not tell of changes and are read at every call.
 
-**A query that sees no key** has 0, log-sum-exp -inf and gradient 0. So say PyTorch's functions (2.13) for bool masks and
--inf; softmax written out says NaN.
+**A query that sees no key** has 0, log-sum-exp -inf and gradient 0. So say PyTorch's functions (2.13) for bool masks
+and -inf; softmax written out says NaN.
 
 **Autocast** converts query, key and value as PyTorch's functions do. Second derivatives are not there, as in PyTorch's
 fused kernels. Under ``torch.compile`` masks are known by their kind alone: no mask, ``is_causal``, an AttentionMask and
