@@ -9,8 +9,10 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import genfast
-from genfast import AttentionMask
+from genfast import AttentionMask, backends
 from genfast.dropin import attention as ours
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PyTorch's prototypes
 
 MASKS = {
     "causal": AttentionMask.causal(64),
@@ -66,6 +68,13 @@ def names(function):
 def test_signature_of_flex_attention():
     theirs = names(flex.flex_attention)
     assert names(ours.flex_attention)[: len(theirs)] == theirs
+
+
+def test_names_of_the_package():
+    assert genfast.dropin.flex_attention is ours.flex_attention
+    assert genfast.dropin.scaled_dot_product_attention is ours.scaled_dot_product_attention
+    with pytest.raises(AttributeError, match="no attribute 'attend'"):
+        _ = genfast.dropin.attend
 
 
 # --- scaled_dot_product_attention ------------------------------------------------------------------------------------
@@ -225,6 +234,13 @@ def test_sdpa_refusals():
     for arguments in ((q, k[:, :2], v[:, :2]), (q, k, v.double()), (q, k, v, SCATTERED[:5])):  # theirs
         with pytest.raises(RuntimeError):
             ours.scaled_dot_product_attention(*arguments)
+
+
+def test_without_a_fused_backend_pytorch_runs(calls, monkeypatch):
+    monkeypatch.setattr(backends, "missing", lambda name, device: "it is away")
+    q, k, v = qkv()
+    assert torch.equal(ours.scaled_dot_product_attention(q, k, v, is_causal=True), sdpa(q, k, v, is_causal=True))
+    assert not calls
 
 
 def test_an_order_for_a_backend_is_kept(calls):

@@ -184,6 +184,29 @@ def test_what_runs_on_sdpa(calls, monkeypatch):
     assert len(seen) == 1 and seen[0][4] is scattered and not calls
 
 
+def test_few_queries_run_on_sdpa(calls):
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, LENGTH, 8), torch.randn(2, 2, LENGTH, 8)
+    mask = AttentionMask.causal(3, LENGTH, q_offset=torch.tensor([30, 12]))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    expected = genfast.attention(q, k, v, mask=mask).transpose(1, 2)
+    for given in (mask, mask.to_block_mask(), ours.StructuredMask(mask), mask.to_dense()[:, None]):
+        out, _ = ours.genfast_attention_forward(module, q, k, v, given)
+        torch.testing.assert_close(out, expected)
+    assert not calls
+
+
+def test_checkpointed_layers(calls):
+    model = built("Llama").train()
+    mask = padding(0, 9)
+    expected = answers(model, "genfast", mask, attention_mask=mask)
+    model.gradient_checkpointing_enable()
+    found = answers(model, "genfast", mask, attention_mask=mask)
+    for a, b in zip((found[0], *found[1]), (expected[0], *expected[1])):
+        assert torch.equal(a, b)
+    assert len(calls) == 2 + 4
+
+
 def test_no_mask_is_causal_where_the_module_is(calls):
     q, k, v = (torch.randn(2, 4, LENGTH, 8) for _ in range(3))
     module = torch.nn.Module()

@@ -28,6 +28,7 @@ a cache is always searched) are dense, and run on PyTorch. A model that asks for
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -78,10 +79,16 @@ class StructuredMask(BlockMask):
         return self.to_dense()[index]
 
     def to_dense(self) -> Tensor:
+        """bool [B, 1, Lq, Lk], made once for all layers."""
+        return self._dense
+
+    @functools.cached_property
+    def _dense(self) -> Tensor:
         return self.attention_mask.to_dense()[:, None]
 
     def to(self, device) -> StructuredMask:
-        return StructuredMask(self.attention_mask.to(device))
+        mask = self.attention_mask.to(device)
+        return self if mask is self.attention_mask else StructuredMask(mask)
 
     def contiguous(self) -> StructuredMask:
         """Itself: ``generate`` asks for it."""
@@ -129,7 +136,9 @@ def genfast_attention_forward(
         out = attention(q, k, v, mask=mask, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
     options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
-    if isinstance(mask, AttentionMask) and not isinstance(attention_mask, (Tensor, type(None))):
+    if isinstance(attention_mask, StructuredMask):
+        attention_mask = attention_mask.to(query.device).to_dense()
+    elif isinstance(mask, AttentionMask) and not isinstance(attention_mask, (Tensor, type(None))):
         attention_mask = mask.to_dense()[:, None]
     if isinstance(attention_mask, BlockMask):  # of no structure that is known
         return flex_attention_forward(module, query, key, value, attention_mask, **options)[0], None
