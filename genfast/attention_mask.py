@@ -192,36 +192,45 @@ class AttentionMask:
         if not isinstance(dense, Tensor) or dense.dtype != torch.bool or dense.dim() not in (2, 3):
             raise TypeError("dense must be a bool tensor [Lq, Lk] or [B, Lq, Lk]")
         dense = dense if dense.dim() == 3 else dense[None]
-        before = torch.nn.functional.pad(dense, (1, 0))[..., :-1]
-        run = (dense & ~before).cumsum(-1)
-        if run.numel() and int(run.max()) > 2:
+        batch, q_len, kv_len = dense.shape
+        rows = torch.nn.functional.pad(dense.flatten(0, 1), (1, 1))
+        # Where a run begins or ends: few numbers, found in bytes instead of running sums of whole numbers.
+        edges = rows[:, 1:] != rows[:, :-1]
+        many = int(edges.count_nonzero()) > 4 * len(rows)
+        row, place = edges[: 0 if many else None].nonzero(as_tuple=True)
+        counts = torch.bincount(row, minlength=len(rows))
+        if many or (counts.numel() and int(counts.max()) > 4):
             raise ValueError(
                 "a row of dense has more than two runs of keys; an AttentionMask has two intervals per row"
             )
-        places = torch.arange(dense.shape[-1], device=dense.device)
-        pairs = []
-        for k in (1, 2):
-            inside = dense & (run == k)
-            length = inside.sum(-1)
-            begin = torch.where(inside, places, dense.shape[-1]).amin(-1) if places.numel() else length
-            pairs.append((begin, begin + length))
-        return cls(_joined(pairs, dense.shape[-1]), dense.shape[-1], "from a dense mask")
+        slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        ranges = torch.zeros((len(rows), 4), dtype=torch.int32, device=dense.device)
+        ranges[row, slot] = place.to(torch.int32)
+        return cls(ranges.view(batch, q_len, 4), kv_len, "from a dense mask")
 
     @classmethod
     def from_block_mask(cls, block_mask) -> AttentionMask:
-        """Of a BlockMask of FlexAttention; ``block_mask.mask_mod`` is evaluated, some rows at a time.
+        """Of a BlockMask of FlexAttention: ``block_mask.mask_mod`` is evaluated, some rows at a time, where the blocks
+        leave it a say. One that :meth:`to_block_mask` made gives back what it was made of.
 
         Raises:
             ValueError: a row has more than two runs of keys, or heads differ.
         """
+        own = getattr(block_mask, "attention_mask", None)
+        if isinstance(own, cls):
+            return own
         q_len, kv_len = block_mask.seq_lengths
         batch, heads = block_mask.kv_num_blocks.shape[:2]
         device = block_mask.kv_num_blocks.device
         b, h, kv = (torch.arange(n, device=device) for n in (batch, heads, kv_len))
+        q_block, kv_block = block_mask.BLOCK_SIZE
+        kinds = _block_kinds(block_mask)[..., kv // kv_block]  # [B, H, blocks of queries, Lk]
         ranges = []
         mod = functools.reduce(lambda f, dims: torch.vmap(f, in_dims=dims), _EVERY_PAIR, block_mask.mask_mod)
         for first in range(0, q_len, 256):
-            dense = mod(b, h, torch.arange(first, min(first + 256, q_len), device=device), kv)
+            q = torch.arange(first, min(first + 256, q_len), device=device)
+            kind = kinds[:, :, q // q_block]
+            dense = (kind == 2) | ((kind == 1) & mod(b, h, q, kv))
             if bool((dense != dense[:, :1]).any()):
                 raise ValueError("the heads of block_mask differ; an AttentionMask is the same for all heads")
             ranges.append(cls.from_dense(dense[:, 0]).ranges)
@@ -295,7 +304,10 @@ class AttentionMask:
         return tuple(torch.stack(ends, -1).view(batch, rows, 4) for ends in (low, high))
 
     def to_block_mask(self, block_size: int = 128):
-        """A BlockMask for ``torch.nn.attention.flex_attention``, from the tiles: no dense mask is made."""
+        """A BlockMask for ``torch.nn.attention.flex_attention``, from the tiles: no dense mask is made.
+
+        It remembers this mask as its ``attention_mask``, by which genfast's drop-ins know it.
+        """
         from torch.nn.attention.flex_attention import BlockMask
 
         tiles = self.tiles(block_size, block_size)[:, None]
@@ -306,10 +318,12 @@ class AttentionMask:
             row = ranges[b * 0 if shared else b, q]
             return ((k >= row[0]) & (k < row[1])) | ((k >= row[2]) & (k < row[3]))
 
-        return BlockMask.from_kv_blocks(
+        made = BlockMask.from_kv_blocks(
             counts[0], indices[0], counts[1], indices[1], BLOCK_SIZE=block_size, mask_mod=mask_mod,
             seq_lengths=(self.q_len, self.kv_len),
         )  # fmt: skip
+        made.attention_mask = self
+        return made
 
     def plot(self, size: int = 64, batch: int = 0) -> str:
         """A picture in text, at most ``size`` characters wide: '█' seen, '▒' seen in part, '·' not seen."""
@@ -405,3 +419,17 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(how many, which ones first) along the last dimension, int32, as a BlockMask wants them."""
     order = (~chosen).to(torch.int8).argsort(dim=-1, stable=True)
     return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
+def _block_kinds(block_mask) -> Tensor:
+    """int8 [B, H, blocks of queries, blocks of keys]: 0 not seen, 1 what ``mask_mod`` says, 2 seen."""
+    columns = -(-block_mask.seq_lengths[1] // block_mask.BLOCK_SIZE[1])
+    kinds = block_mask.kv_indices.new_zeros((*block_mask.kv_indices.shape[:3], columns + 1), dtype=torch.int8)
+    listed = [(1, block_mask.kv_num_blocks, block_mask.kv_indices)]
+    if block_mask.full_kv_num_blocks is not None:
+        listed.append((2, block_mask.full_kv_num_blocks, block_mask.full_kv_indices))
+    for kind, counts, indices in listed:
+        there = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+        # The rest of the list means nothing: it goes into a column of its own.
+        kinds.scatter_(-1, torch.where(there, indices, columns).long(), kind)
+    return kinds[..., :-1]

@@ -118,6 +118,12 @@ def _choose(family: str, op: str, device: str, ordered: str | None) -> tuple[str
     return "reference", _function("reference", family, op)
 
 
+def has_fused(family: str, device: str) -> bool:
+    """Whether :func:`choose` would find more than plain PyTorch; True where a backend was ordered."""
+    wanted = {"cpu": ("cpu",), "cuda": CUDA_ORDER[family]}.get(device, ())
+    return override() is not None or any(missing(name, device) is None for name in wanted)
+
+
 class HotPath:
     """The eager hot path of one op on plain CPU tensors: call it, and it runs the op or returns NotImplemented.
 

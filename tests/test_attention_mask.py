@@ -117,6 +117,8 @@ def test_flex_attention_masks_there_and_back():
         AttentionMask.block_causal(300, 32),
     ):
         block_mask = mask.to_block_mask(64)
+        assert AttentionMask.from_block_mask(block_mask) is mask
+        del block_mask.attention_mask
         assert torch.equal(AttentionMask.from_block_mask(block_mask).ranges, mask.ranges)
         tiles = mask.tiles(64, 64)
         assert torch.equal(block_mask.to_dense()[:, 0].bool(), tiles > 0)

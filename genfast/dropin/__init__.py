@@ -1,4 +1,4 @@
-"""Drop-in samplers: one module (or package) per peer project, with the peer's own names and signatures.
+"""Drop-ins: one module (or package) per peer project, with the peer's own names and signatures.
 
 ======================== ============================ =====================================================
 module                   peer                         one line
@@ -16,9 +16,19 @@ module                   peer                         one line
 ``dropin.sedd``          SEDD (Lou et al. 2023)       ``from genfast.dropin.sedd import get_pc_sampler``
 ``dropin.mdlm``          MDLM (Sahoo et al. 2024)     ``Diffusion._sample = genfast.dropin.mdlm._sample``
 ``dropin.bd3lm``         BD3-LM (Arriola et al. 2025) ``from genfast.dropin.bd3lm import _semi_ar_sampler``
+``dropin.attention``     PyTorch's two functions      ``from genfast.dropin import flex_attention``
+``dropin.transformers``  Hugging Face transformers    ``genfast.patch("transformers")``, a model on :func:`attention`
 ======================== ============================ =====================================================
 
 A peer is imported only when its drop-in is.
 """
 
+import importlib
+
 from genfast.dropin import patching  # noqa: F401
+
+
+def __getattr__(name: str):
+    if name in ("flex_attention", "scaled_dot_product_attention"):
+        return getattr(importlib.import_module("genfast.dropin.attention"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

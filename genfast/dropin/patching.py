@@ -1,4 +1,4 @@
-"""``patch``, ``unpatch`` and ``accelerate``: our samplers in the place of an installed peer's."""
+"""``patch``, ``unpatch`` and ``accelerate``: our code in the place of an installed peer's."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from genfast._registry import export
 
 
 class Peer:
-    """A project whose names can be swapped: where they are defined, and for which releases ours were written.
+    """A project that takes our code, and the releases for which ours was written.
 
     Args:
         package: the import name, and the key of :func:`patch`.
         distribution: the name on PyPI.
         releases: beginnings of the version numbers that ours reproduce.
-        homes: the modules that define and hand on the names.
     """
 
-    def __init__(self, package: str, distribution: str, releases: tuple[str, ...], homes: tuple[str, ...]):
-        self.package, self.distribution, self.releases, self.homes = package, distribution, releases, homes
+    def __init__(self, package: str, distribution: str, releases: tuple[str, ...]):
+        self.package, self.distribution, self.releases = package, distribution, releases
 
     def check(self) -> None:
         """Raise ImportError unless a release that ours reproduce is installed."""
@@ -41,19 +40,54 @@ class Peer:
     def releases_named(self) -> str:
         return " or ".join(self.releases)
 
+    def drop_in(self):
+        """Our module for it."""
+        self.check()
+        return importlib.import_module(f"genfast.dropin.{self.package}")
+
+
+class Registry(Peer):
+    """A project that offers a registry: our module for it has ``register``, which names what it added, and
+    ``unregister``."""
+
+    def put(self) -> tuple[str, ...]:
+        return self.drop_in().register()
+
+    def take_back(self) -> None:
+        self.drop_in().unregister()
+
+
+class Names(Peer):
+    """A project whose names are swapped.
+
+    Args:
+        homes: the modules that define and hand on the names.
+    """
+
+    def __init__(self, package: str, distribution: str, releases: tuple[str, ...], homes: tuple[str, ...]):
+        super().__init__(package, distribution, releases)
+        self.homes = homes
+
+    def put(self) -> tuple[str, ...]:
+        pairs = self.pairs()
+        _swap(self, pairs)
+        return tuple(ours.__name__ for _, ours in pairs)
+
+    def take_back(self) -> None:
+        _swap(self, [(ours, theirs) for theirs, ours in self.pairs()])
+
     def pairs(self) -> list[tuple[object, object]]:
         """(theirs, ours) for every name that can be swapped."""
-        self.check()
-        drop_in = importlib.import_module(f"genfast.dropin.{self.package}")
-        return drop_in.replacements()
+        return self.drop_in().replacements()
 
     def modules(self):
         return [m for name, m in list(sys.modules.items()) if (name + ".").startswith(self.package + ".") and m]
 
 
 PEERS = {
-    "diffusers": Peer("diffusers", "diffusers", ("0.42",), ("diffusers", "diffusers.schedulers")),
-    "k_diffusion": Peer("k_diffusion", "k-diffusion", ("0.1.1",), ("k_diffusion.sampling",)),
+    "diffusers": Names("diffusers", "diffusers", ("0.42",), ("diffusers", "diffusers.schedulers")),
+    "k_diffusion": Names("k_diffusion", "k-diffusion", ("0.1.1",), ("k_diffusion.sampling",)),
+    "transformers": Registry("transformers", "transformers", ("5.23",)),
 }
 
 
@@ -64,7 +98,7 @@ def _peer(name: str) -> Peer:
     return PEERS[key]
 
 
-def _swap(peer: Peer, pairs) -> int:
+def _swap(peer: Names, pairs) -> int:
     """Replace the first of each pair by the second wherever a module of the peer holds it; how many places."""
     wanted = {id(old): (old, new) for old, new in pairs}
     for home in peer.homes:  # lazy modules hold a name only once someone has asked for it
@@ -99,30 +133,32 @@ class Patched:
 
 @export("dropin")
 def patch(peer: str) -> Patched:
-    """Put genfast's fused samplers in the place of an installed peer's, for the code that uses the peer.
+    """Put genfast's fused code in the place of an installed peer's, for the code that uses the peer.
 
     After ``genfast.patch("diffusers")``, ``diffusers.DDIMScheduler`` and its likes are genfast's classes, subclasses of
     the peer's own; after ``genfast.patch("k_diffusion")``, ``k_diffusion.sampling.sample_euler`` and its likes are
     genfast's functions. Every module of the peer that is loaded, or loaded later, gets them. Call it before the code
     that says ``from diffusers import DDIMScheduler``; pipelines that exist already are for :func:`accelerate`.
+
+    After ``genfast.patch("transformers")``, models take ``attn_implementation="genfast"``: their attention is
+    :func:`attention`, their masks are structures (``genfast/dropin/transformers.py``).
+
     Calling it twice does nothing more. ``with genfast.patch(...):`` undoes it at the end of the block.
 
     Args:
-        peer: ``"diffusers"`` or ``"k_diffusion"``.
+        peer: ``"diffusers"``, ``"k_diffusion"`` or ``"transformers"``.
 
     Raises:
         ValueError: an unknown peer.
         ImportError: the peer is not installed, or is a release that the drop-in was not written for.
     """
     known = _peer(peer)
-    pairs = known.pairs()
-    _swap(known, pairs)
-    return Patched(known.package, tuple(ours.__name__ for _, ours in pairs))
+    return Patched(known.package, known.put())
 
 
 @export("dropin")
 def unpatch(peer: str) -> None:
-    """Give a peer its own samplers back; objects made in between stay what they are.
+    """Give a peer its own code back; objects made in between stay what they are.
 
     Args:
         peer: as for :func:`patch`.
@@ -132,7 +168,7 @@ def unpatch(peer: str) -> None:
     """
     known = _peer(peer)
     if f"genfast.dropin.{known.package}" in sys.modules:
-        _swap(known, [(ours, theirs) for theirs, ours in known.pairs()])
+        known.take_back()
 
 
 @export("dropin")
