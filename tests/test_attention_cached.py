@@ -1,4 +1,4 @@
-"""``attention_cached`` and ``KVCache`` on the CPU: every instruction set, cached decoding against recomputation, pages."""
+"""``attention_cached`` and ``KVCache`` on the CPU: every instruction set, decoding against recomputation, pages."""
 
 import pytest
 import torch

@@ -11,6 +11,7 @@
 
 #include <cmath>
 
+#include "cpu/attention_cached.h"
 #include "cpu/attention_tiles.h"
 
 namespace genfast {
@@ -133,6 +134,7 @@ void attend(const AttentionArgs& a, const Packed& packed, int64_t b, int64_t h, 
 void attention(const AttentionArgs& a) {
   const int64_t tiles = tiles_of(a.q_len, kRows), items = a.batch * a.heads * tiles;
   if (items == 0) return;
+  if (few_rows(a)) return attention_of_few_rows(a);
   const int threads = threads_for(items * kRows * a.kv_len * a.dim, 1 << 20);
   const Packed packed(a, threads);
   for_each(

@@ -261,6 +261,17 @@ void run(const CachedArgs& a) {
 
 }  // namespace
 
+bool few_rows(const AttentionArgs& a) { return !a.ranges && a.heads / a.kv_heads * a.q_len <= kChunk; }
+
+void attention_of_few_rows(const AttentionArgs& a) {
+  const std::vector<int64_t> lengths(a.batch, a.kv_len);
+  CachedArgs c;
+  c.q = a.q, c.keys = a.k, c.values = a.v, c.out = a.out, c.lse = a.lse, c.lengths = lengths.data();
+  c.batch = a.batch, c.heads = a.heads, c.kv_heads = a.kv_heads, c.q_len = a.q_len, c.capacity = a.kv_len;
+  c.dim = a.dim, c.value_dim = a.value_dim, c.scale = a.scale;
+  attention_cached(c);
+}
+
 void attention_cached(const CachedArgs& a) {
   if (a.q_len == 0) return;
   if (kWordPairs && a.q.dtype == kBFloat16)

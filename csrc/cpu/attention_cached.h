@@ -25,4 +25,8 @@ struct CachedArgs {
 
 void attention_cached(const CachedArgs& args);
 
+// `attention` without a mask where a key head has so few rows of queries that packing all keys first does not pay.
+bool few_rows(const AttentionArgs& args);
+void attention_of_few_rows(const AttentionArgs& args);
+
 }  // namespace genfast

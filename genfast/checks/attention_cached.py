@@ -1,7 +1,7 @@
 """Cases of ``attention_cached``: ways to write, head counts and sizes, dtypes, pages, rotations, lengths per row.
 
-The oracle lays every row's keys out one after another, rotates by complex numbers in float64, and runs the dense softmax
-of ``checks/attention.py``; the same in the case's own dtype sets the bound.
+The oracle lays every row's keys out one after another, rotates by complex numbers in float64, and runs the dense
+softmax of ``checks/attention.py``; the same in the case's own dtype sets the bound.
 """
 
 from __future__ import annotations
@@ -118,8 +118,10 @@ def cases(quick: bool = False) -> list[CachedCase]:
 
 
 def check(case: CachedCase, device) -> tuple[float, float]:
-    """Error and what is allowed, of the result that comes nearest to its bound or exceeds it most; infinite if the cache
-    holds anything but what was stored."""
+    """Error and what is allowed, of the result that comes nearest to its bound or exceeds it most.
+
+    The error is infinite if the cache holds anything but what was stored.
+    """
     t = case.tensors(device)
     cos, sin = case.tables()
     cache = case.cache(t, device)

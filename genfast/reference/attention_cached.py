@@ -1,7 +1,7 @@
 """Attention over a cache and an active block in plain PyTorch: the specification of ``attention_cached``.
 
-Row b has keys and values at positions 0 ... lengths[b] - 1 of the cache, and behind them those of the block. Every query
-sees all of them; the arithmetic is that of :mod:`genfast.reference.attention`.
+Row b has keys and values at positions 0 ... lengths[b] - 1 of the cache, and behind them those of the block. Every
+query sees all of them; the arithmetic is that of :mod:`genfast.reference.attention`.
 
 Rotary embedding (Su et al. 2021, arXiv:2104.09864): at position p, the numbers u and v of a pair d become
 
