@@ -1,8 +1,9 @@
 """What the compilers make of the GPU kernels that ship, on a machine with no GPU.
 
 ``python -m benchmarks.compile_report [--quick] [--target sm_90 ...] [--skip triton|cuda]`` compiles every Triton
-configuration of ``genfast.kernels`` (``configurations``, ``token_configurations``) and every ``csrc/cuda/*.cu`` ahead
-of time and prints registers, spills and shared memory per kernel and target. The exit code is 1 if a kernel spills.
+configuration of ``genfast.kernels`` (``configurations``, ``token_configurations``, ``attention_configurations``) and
+every ``csrc/cuda/*.cu`` ahead of time and prints registers, spills and shared memory per kernel and target. The exit
+code is 1 if a kernel spills.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ TARGETS = (*NVIDIA, "gfx942")
 QUICK_CASES = ("ddim", "guided_rescale_threshold_philox", "on_device")
 QUICK_TOKEN_CASES = ("greedy", "guided_few_rows", "top_k_top_p")
 QUICK_HEAD_CASES = ("head_greedy", "head_draw")
+QUICK_ATTENTION_CASES = ("attention_few_queries_64", "attention_backward_64")
 QUICK_DTYPES = ("fp32+bf16",)
 
 
@@ -125,10 +127,10 @@ _TYPE_NAMES = {
 }
 
 
-def triton_launches(cases=None, dtypes=None) -> dict[str, tuple[str, Launch]]:
+def triton_launches(cases=None, dtypes=None, target: str = "sm_90") -> dict[str, tuple[str, Launch]]:
     """Every distinct kernel of the configurations: key -> (name of the first configuration that uses it, launch)."""
     found: dict[str, tuple[str, Launch]] = {}
-    for case, dtype, call in _triton_calls():
+    for case, dtype, call in _triton_calls(target):
         if (cases is None or case in cases) and (dtypes is None or dtype in dtypes):
             with recorded_launches() as launches:
                 call()
@@ -137,9 +139,9 @@ def triton_launches(cases=None, dtypes=None) -> dict[str, tuple[str, Launch]]:
     return found
 
 
-def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """(name, dtypes, call) of every configuration of every family."""
-    from genfast.kernels import configurations, token_configurations
+def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(name, dtypes, call) of every configuration of every family, as the target runs it."""
+    from genfast.kernels import attention, attention_configurations, configurations, token_configurations
     from genfast.kernels.sampler_step import sampler_step
     from genfast.kernels.token_head import lm_head_partials, merge_head_partials
     from genfast.kernels.token_masking import forward_mask
@@ -172,6 +174,10 @@ def _triton_calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
         for dtype in token_configurations.DTYPES:
             args, options = token_configurations.transition_arguments(name, dtype)
             yield name, dtype, functools.partial(discrete_transition, *args, **options)
+    for name in attention_configurations.CASES:
+        for dtype in attention_configurations.DTYPES:
+            op, args, options = attention_configurations.arguments(name, dtype)
+            yield name, dtype, functools.partial(getattr(attention, op), *args, **options, target=target)
 
 
 def compile_launch(launch: Launch, target: str):
@@ -186,8 +192,8 @@ def compile_launch(launch: Launch, target: str):
 
 
 def triton_rows(targets=TARGETS, cases=None, dtypes=None) -> Iterator[Row]:
-    for name, launch in triton_launches(cases, dtypes).values():
-        for target in targets:
+    for target in targets:
+        for name, launch in triton_launches(cases, dtypes, target).values():
             compiled = compile_launch(launch, target)
             registers, spilled = _amd_usage(compiled) if target.startswith("gfx") else _nvidia_usage(compiled)
             yield Row(name, launch.kernel.__name__, target, registers, spilled, compiled.metadata.shared)
@@ -304,7 +310,8 @@ def main(argv=None) -> int:
 
     print(f"{'configuration or file':42} {'kernel':60} {'target':7} {'regs':>5} {'spills':>6} {'shared':>7}")
     if "triton" not in options.skip:
-        quick = (QUICK_CASES + QUICK_TOKEN_CASES + QUICK_HEAD_CASES, (*QUICK_DTYPES, "bf16"))
+        cases = QUICK_CASES + QUICK_TOKEN_CASES + QUICK_HEAD_CASES + QUICK_ATTENTION_CASES
+        quick = (cases, (*QUICK_DTYPES, "bf16"))
         show(triton_rows(targets, *(quick if options.quick else ())))
     if "cuda" not in options.skip:
         nvcc, wanted = find_nvcc(), [t for t in targets if t in NVIDIA]

@@ -13,17 +13,21 @@ if backends.interpreting():
     pytest.skip("kernels cannot be compiled in a process that interprets them", allow_module_level=True)
 
 from benchmarks import compile_report
-from genfast.kernels import configurations
+from genfast.kernels import attention_configurations, configurations
+from genfast.kernels.attention import attention
 from genfast.kernels.guidance import moments_kernel, rescale_kernel
 from genfast.kernels.sampler_step import sampler_step, step_kernel
 from genfast.kernels.threshold import histogram_kernel, limit_kernel
 
+SHARED_MEMORY = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+"""Bytes that a program may have; of sm_80 what its smaller relatives have."""
 
-def compile_without_spills(cases, dtypes):
-    rows = list(compile_report.triton_rows(compile_report.TARGETS, cases, dtypes))
-    assert {row.target for row in rows} == set(compile_report.TARGETS)
+
+def compile_without_spills(cases, dtypes, targets=compile_report.TARGETS):
+    rows = list(compile_report.triton_rows(targets, cases, dtypes))
+    assert {row.target for row in rows} == set(targets)
     assert all(row.registers > 0 for row in rows)
-    assert not [row for row in rows if row.spilled]
+    assert not [row for row in rows if row.spilled or row.shared > SHARED_MEMORY[row.target]]
     return rows
 
 
@@ -58,6 +62,43 @@ def test_the_transition_kernel_on_every_target():
 def test_the_head_kernels_on_every_target():
     rows = compile_without_spills(compile_report.QUICK_HEAD_CASES, ["bf16"])
     assert {row.kernel for row in rows} == {"partial_kernel", "merge_kernel"}
+
+
+def test_the_attention_kernels():
+    # Two targets only: these take seconds each.
+    rows = compile_without_spills(compile_report.QUICK_ATTENTION_CASES, ["bf16"], ("sm_90", "gfx942"))
+    assert {row.kernel for row in rows} == {
+        "forward_kernel", "merge_kernel", "delta_kernel", "bounds_kernel", "query_edges_kernel", "key_gradient_kernel",
+        "query_gradient_kernel",
+    }  # fmt: skip
+
+
+def test_attention_has_matrix_instructions_and_wide_copies():
+    launches = compile_report.triton_launches(compile_report.QUICK_ATTENTION_CASES, ["bf16"], "sm_90").values()
+    large = [launch for _, launch in launches if "num_stages" in launch.options]
+    assert len(large) == 3
+    for launch in large:
+        code = compile_report.compile_launch(launch, "sm_90").asm["ptx"]
+        # Copies past the first-level cache are of 16 bytes: a row that is not known to be aligned has none.
+        assert "wgmma.mma_async" in code and "cp.async.cg.shared.global" in code
+
+
+def attention_launches(q_len, kv_len, **options):
+    _, (q, k, v), defaults = attention_configurations.arguments("attention_few_queries_64", "bf16")
+    q, out = (t.expand(1, 32, q_len, 64) for t in (q[:, :, :1], q[:, :, :1]))
+    k, v = (t[:, :, :1].expand(1, 8, kv_len, 64) for t in (k, v))
+    ranges, lse = defaults["ranges"].new_empty((1, q_len, 4)), defaults["lse"].new_empty((1, 32, q_len))
+    with compile_report.recorded_launches() as launches:
+        attention(q, k, v, **{**dict(ranges=ranges, scale=0.125, out=out, lse=lse), **options})
+    return launches
+
+
+def test_no_length_of_a_cache_compiles_a_new_attention_kernel():
+    expected = [launch.key() for launch in attention_launches(32, 4096)]
+    assert len(expected) == 2  # parts, and their merger
+    for kv_len in (4095, 5000, 2**30):
+        assert [launch.key() for launch in attention_launches(32, kv_len, scale=1.0)] == expected
+    assert len(attention_launches(32, 100)) == 1
 
 
 @pytest.mark.slow
