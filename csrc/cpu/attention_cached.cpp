@@ -1,7 +1,8 @@
-// Attention of a few queries over a long cache of keys and an active block after it. With the notation of
-// attention.cpp, part p of the keys gives m_p, l_p and an unscaled o_p for each row, and
+// Attention of a few queries over a long cache of keys and an active block after it. With t_ij = scale q_i . k_j, part
+// p of the keys gives row i
 //
-//     m = max_p m_p,   l = sum_p 2^(m_p - m) l_p,   o = sum_p 2^(m_p - m) o_p / l.
+//     m_p = max_j t_ij,   l_p = sum_j e^(t_ij - m_p),   o_p = sum_j e^(t_ij - m_p) v_j,   and all parts
+//     m = max_p m_p,   l = sum_p e^(m_p - m) l_p,   o = sum_p e^(m_p - m) o_p / l,   lse = m + log l.
 //
 // Keys and values come from memory once: the query heads that share a key head are rows of one product, a tile of keys
 // is packed where it is used, and all rows meet it while it is in the first-level cache. What a thread does is a key
@@ -29,6 +30,20 @@ struct Item {
   int64_t b, h, row, rows, begin, end, parts;
   int64_t state;  // where the row states of this part begin, in units of rows
 };
+
+// e^x, 0 below e^-60; NaN stays NaN. With x = k ln 2 + r, r is made in two steps, so that the error is that of the
+// polynomial (of 2^(r log2 e)) whatever x is.
+inline vf e_to(vf x) {
+  constexpr float kLowest = -60.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  x = larger(splat(kLowest), x);
+  const vi gone = x <= splat(kLowest);
+  const vf big = multiply_add(x, splat(kLog2E), splat(kRoundToInteger)), k = big - splat(kRoundToInteger);
+  const vf r = multiply_add(k, splat(-kLn2Low), multiply_add(k, splat(-kLn2High), x)) * splat(kLog2E);
+  const vi n = as_int(big) - as_int(splat(kRoundToInteger));
+  vf p = splat(kExp2P[6]);
+  for (int i = 5; i >= 0; i--) p = multiply_add(p, r, splat(kExp2P[i]));
+  return as_float(as_int(times_power(p, n)) & ~gone);
+}
 
 inline int64_t cached_of(const CachedArgs& a, int64_t b) {
   return std::min(std::max<int64_t>(a.lengths[b], 0), a.capacity);
@@ -113,7 +128,7 @@ void locate(const CachedArgs& a, const Heads& block_k, int64_t b, int64_t h, int
 template <bool PAIRS>
 void soften(float scale, int64_t rows, int64_t n, float* largest_, float* total, Scratch& w) {
   constexpr int kVectors = kKeys / kLanes;
-  const vf c = splat(scale * kLog2E);
+  const vf c = splat(scale);
   const int32_t present[4] = {0, (int32_t)n, 0, 0};
   for (int64_t i = 0; i < rows; i++) {
     float* s = w.scores.data() + i * kKeys;
@@ -130,7 +145,7 @@ void soften(float scale, int64_t rows, int64_t n, float* largest_, float* total,
     const float base = now == -kInfinity ? 0.0f : now;
     vf sum{};
     for (int k = 0; k < kVectors; k++) {
-      t[k] = power_of_two(t[k] - splat(base));
+      t[k] = e_to(t[k] - splat(base));
       sum += t[k];
     }
 #if defined(__AVX512BF16__)
@@ -145,7 +160,7 @@ void soften(float scale, int64_t rows, int64_t n, float* largest_, float* total,
     w.shrink[i] = before - base;
   }
   for (int64_t i = 0; i < kRows; i += kLanes) {
-    const vf shrink = power_of_two(load<vf>(w.shrink + i));
+    const vf shrink = e_to(load<vf>(w.shrink + i));
     store(w.shrink + i, shrink);
     store(total + i, load<vf>(total + i) * shrink + load<vf>(w.added + i));
   }
@@ -199,15 +214,15 @@ void finish(const CachedArgs& a, const Item& item, int64_t parts, int64_t width,
     const float base = most == -kInfinity ? 0.0f : most;
     std::fill(mean, mean + width, 0.0f);
     for (int64_t p = 0; p < parts; p++) {
-      const vf share = power_of_two(splat(largest[p * apart + r] - base));
+      const vf share = e_to(splat(largest[p * apart + r] - base));
       all += share[0] * total[p * apart + r];
       const float* o = sums + p * apart + r * width;
       for (int64_t d = 0; d < width; d += kLanes) store(mean + d, load<vf>(mean + d) + load<vf>(o + d) * share);
     }
-    const vf inverse = splat(all == 0 ? 0.0f : 1 / all);
-    for (int64_t d = 0; d < width; d += kLanes) store(mean + d, load<vf>(mean + d) * inverse);
+    const vf divisor = splat(all == 0 ? 1.0f : all);
+    for (int64_t d = 0; d < width; d += kLanes) store(mean + d, load<vf>(mean + d) / divisor);
     store_run(mean, a.value_dim, row_of(a.out, item.b, head, i), a.out.dtype);
-    a.lse[(item.b * a.heads + head) * a.q_len + i] = all == 0 ? -kInfinity : (most + std::log2(all)) * kLog2;
+    a.lse[(item.b * a.heads + head) * a.q_len + i] = all == 0 ? -kInfinity : most + std::log(all);
   }
 }
 
