@@ -29,6 +29,14 @@ from genfast.kernels.attention import (
 )
 from genfast.kernels.attention_sizes import FORWARD
 
+SIZES = {
+    **FORWARD,
+    (128, 2): {**FORWARD[128, 2], "sm_80": (128, 32, 8, 3)},
+    (256, 2): {**FORWARD[256, 2], "sm_80": (32, 32, 8, 2), "sm_90": (64, 32, 8, 2)},
+    (64, 4): {**FORWARD[64, 4], "": (32, 32, 8, 2), "gfx942": (64, 32, 8, 2)},
+}
+"""As in ``attention_sizes``: a third kind of tile, and rotations, need registers that full attention has to spare."""
+
 
 @triton.jit
 def _rotated(base, at, inside, positions, cos, sin, INTERLEAVED: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr):
@@ -119,8 +127,8 @@ def cached_kernel(
     at = batch * q_batch + heads_of * q_head + query.to(tl.int64) * q_row
     origin = tl.load(first + batch) if ROPE else batch
     if ROPE:
-        where = tl.minimum(tl.maximum(origin + query, 0), positions - 1)
-        q_tile = _rotated(q, at, inside, where, cos, sin, INTERLEAVED, SIZE, PAD)
+        turned = tl.minimum(tl.maximum(origin + query, 0), positions - 1)
+        q_tile = _rotated(q, at, inside, turned, cos, sin, INTERLEAVED, SIZE, PAD)
     else:
         q_tile = _load(q, at, 1, inside, SIZE, PAD, True)
 
@@ -144,7 +152,8 @@ def cached_kernel(
             o, m, total, q_tile, keys, values, table, n, length, keys_batch, keys_row, values_batch, values_row, scale,
             False, PAGE, SIZE, PAD, V_SIZE, V_PAD, KEYS,
         )  # fmt: skip
-    for n in range(tl.maximum(begin, whole), tl.minimum(end, cached)):
+    # At most one tile, and then few: copies ahead would only take shared memory.
+    for n in tl.range(tl.maximum(begin, whole), tl.minimum(end, cached), num_stages=1):
         o, m, total = _cached_tile(
             o, m, total, q_tile, keys, values, table, n, length, keys_batch, keys_row, values_batch, values_row, scale,
             True, PAGE, SIZE, PAD, V_SIZE, V_PAD, KEYS,
@@ -152,12 +161,12 @@ def cached_kernel(
     if BLOCK:
         k += batch * k_batch + kv_head * k_head
         v += batch * v_batch + kv_head * v_head
-        for n in range(tl.maximum(begin, cached), end):
+        for n in tl.range(tl.maximum(begin, cached), end, num_stages=1):
             key = (n - cached) * KEYS + tl.arange(0, KEYS)
             present = key < block
             if ROPE:
-                where = tl.minimum(tl.maximum(origin + key, 0), positions - 1)
-                k_tile = _rotated(k, key.to(tl.int64) * k_row, present, where, cos, sin, INTERLEAVED, SIZE, PAD)
+                position = tl.minimum(tl.maximum(origin + key, 0), positions - 1)
+                k_tile = _rotated(k, key.to(tl.int64) * k_row, present, position, cos, sin, INTERLEAVED, SIZE, PAD)
             else:
                 k_tile = _load(k, key, k_row, present, SIZE, PAD, True)
             v_tile = _load(v, key, v_row, present, V_SIZE, V_PAD, True)
@@ -194,7 +203,7 @@ def attention_cached(
     kv_heads, page_size = keys.shape[1], keys.shape[2]
     capacity = page_size if table is None else table.shape[1] * page_size
     sizes = _sizes(q, values)
-    rows, tile_keys, options = _chosen(FORWARD, tiles, sizes, q, target)
+    rows, tile_keys, options = _chosen(SIZES, tiles, sizes, q, target)
     group = heads // kv_heads
     packed = group if q_len < rows else 1
     rows = min(rows, next(n for n in (16, 64, rows) if n >= min(q_len * packed, rows)))

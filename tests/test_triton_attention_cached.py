@@ -20,7 +20,8 @@ CASES = [
     *(CachedCase(SHAPE, F32, write, rope="half") for write in ("append", "rewrite")),
     *(CachedCase(SHAPE, F32, rope=rope, page_size=p) for rope, p in (("half", None), ("interleaved", 7))),
     *(CachedCase((2, 4, 2, 3, 20, 16, 16), dtype, page_size=16) for dtype in (BF16, F16)),
-    *(CachedCase((1, 1, 1, 40, 20, 24, 16), dtype, rope="interleaved") for dtype in (F32, BF16)),
+    # Not bfloat16: the interpreter cuts off where a rotation is rounded.
+    *(CachedCase((1, 1, 1, 40, 20, 24, 16), dtype, rope="interleaved") for dtype in (F32, F16)),
     CachedCase(SHAPE, block=False),
     *(CachedCase(SHAPE, layout=layout, rope="half") for layout in ("BLHD", "wide", "columns")),
     *(CachedCase(SHAPE, BF16, scale=scale) for scale in (-0.3, 0.0)),
