@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/attention_tiles.h"
+#include "cpu/transpose.h"
 #include "cpu/word_product.h"
 
 namespace genfast {
@@ -102,7 +103,7 @@ class Rotated {
 
 struct Scratch {
   Floats q, keys, values, scores, sum;
-  alignas(64) float largest[kChunk], total[kChunk], added[kRows], shrink[kRows];
+  alignas(64) float largest[kChunk], total[kChunk], base[kRows], shrink[kRows], across[kRows * kLanes];
   Scratch(int64_t rows, int64_t words, int64_t width)
       : q(rows * words), keys(words * kKeys), values(kKeys * width), scores(kRows * kKeys), sum(rows * width) {}
 };
@@ -124,45 +125,70 @@ void locate(const CachedArgs& a, const Heads& block_k, int64_t b, int64_t h, int
   }
 }
 
-// Scores of n keys to probabilities relative to the largest score so far, in place, or as pairs of bfloat16.
+// Sums, or largest numbers, of kLanes vectors, a lane for each: a square is turned and its rows are combined.
+template <class Combine>
+inline vf across(const float* vectors, const Combine& combine) {
+  vf v[kLanes];
+  for (int j = 0; j < kLanes; j++) v[j] = load<vf>(vectors + j * kLanes);
+  transpose(v);
+  for (int j = 1; j < kLanes; j++) v[0] = combine(v[0], v[j]);
+  return v[0];
+}
+
+// Scores of n keys to probabilities relative to the largest score so far, in place, or as pairs of bfloat16. What was
+// summed before is to be multiplied by `shrink`.
 template <bool PAIRS>
-void soften(float scale, int64_t rows, int64_t n, float* largest_, float* total, Scratch& w) {
+void soften(float scale, int64_t rows, int64_t n, float* largest, float* total, Scratch& w) {
   constexpr int kVectors = kKeys / kLanes;
-  const vf c = splat(scale);
+  const vf c = splat(scale), nothing = splat(-kInfinity);
   const int32_t present[4] = {0, (int32_t)n, 0, 0};
-  for (int64_t i = 0; i < rows; i++) {
+  const int64_t groups = tiles_of(rows, kLanes) * kLanes;
+  for (int64_t i = 0; i < groups; i++) {
     float* s = w.scores.data() + i * kKeys;
-    vf t[kVectors], most = splat(-kInfinity);
-    for (int k = 0; k < kVectors; k++) {
-      t[k] = load<vf>(s + k * kLanes) * c;
+    vf most = nothing;
+    for (int k = 0; i < rows && k < kVectors; k++) {
+      vf t = load<vf>(s + k * kLanes) * c;
       if (n < kKeys) {
         const vi seen = seen_lanes(present, k * kLanes);
-        t[k] = as_float((as_int(t[k]) & seen) | (as_int(splat(-kInfinity)) & ~seen));
+        t = as_float((as_int(t) & seen) | (as_int(nothing) & ~seen));
       }
-      most = larger(t[k], most);
+      store(s + k * kLanes, t);
+      most = larger(t, most);
     }
-    const float before = largest_[i], now = std::max(before, largest(most));
-    const float base = now == -kInfinity ? 0.0f : now;
-    vf sum{};
-    for (int k = 0; k < kVectors; k++) {
-      t[k] = e_to(t[k] - splat(base));
-      sum += t[k];
-    }
-#if defined(__AVX512BF16__)
-    if constexpr (PAIRS)
-      for (int k = 0; k < kVectors; k += 2)
-        store(s + k / 2 * kLanes, _mm512_cvtne2ps_pbh((__m512)t[k + 1], (__m512)t[k]));
-#endif
-    if constexpr (!PAIRS)
-      for (int k = 0; k < kVectors; k++) store(s + k * kLanes, t[k]);
-    largest_[i] = now;
-    w.added[i] = sum_lanes(sum);
-    w.shrink[i] = before - base;
+    store(w.across + i * kLanes, most);
   }
-  for (int64_t i = 0; i < kRows; i += kLanes) {
-    const vf shrink = e_to(load<vf>(w.shrink + i));
-    store(w.shrink + i, shrink);
-    store(total + i, load<vf>(total + i) * shrink + load<vf>(w.added + i));
+  for (int64_t i = 0; i < groups; i += kLanes) {
+    const vf before = load<vf>(largest + i);
+    const vf now = larger(across(w.across + i * kLanes, larger), before);
+    const vi some = now > nothing;
+    const vf base = as_float(as_int(now) & some);
+    store(largest + i, now);
+    store(w.base + i, base);
+    store(w.shrink + i, e_to(before - base));
+  }
+  for (int64_t i = 0; i < groups; i++) {
+    float* s = w.scores.data() + i * kKeys;
+    vf sum{};
+    if (i < rows) {
+      const vf base = splat(w.base[i]);
+      vf p[kVectors];
+      for (int k = 0; k < kVectors; k++) {
+        p[k] = e_to(load<vf>(s + k * kLanes) - base);
+        sum += p[k];
+      }
+#if defined(__AVX512BF16__)
+      if constexpr (PAIRS)
+        for (int k = 0; k < kVectors; k += 2)
+          store(s + k / 2 * kLanes, _mm512_cvtne2ps_pbh((__m512)p[k + 1], (__m512)p[k]));
+#endif
+      if constexpr (!PAIRS)
+        for (int k = 0; k < kVectors; k++) store(s + k * kLanes, p[k]);
+    }
+    store(w.across + i * kLanes, sum);
+  }
+  for (int64_t i = 0; i < groups; i += kLanes) {
+    const vf added = across(w.across + i * kLanes, [](vf a, vf b) { return a + b; });
+    store(total + i, load<vf>(total + i) * load<vf>(w.shrink + i) + added);
   }
 }
 
@@ -177,8 +203,6 @@ void attend(const CachedArgs& a, const Rotated& turned, const Item& item, int64_
   std::fill(w.sum.data(), w.sum.data() + item.rows * width, 0.0f);
   std::fill(w.largest, w.largest + kChunk, -kInfinity);
   std::fill(w.total, w.total + kChunk, 0.0f);
-  std::fill(w.added, w.added + kRows, 0.0f);
-  std::fill(w.shrink, w.shrink + kRows, 0.0f);
   for (int64_t first = item.begin; first < item.end; first += kKeys) {
     const int64_t n = std::min(kKeys, item.end - first);
     const char *keys[kKeys], *values[kKeys];
