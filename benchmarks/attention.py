@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import genfast
+from benchmarks import attention_cached
 from benchmarks.harness import Bar, Case, Peer, Plan, Settings
 from benchmarks.rotation import pool
 from genfast import AttentionMask, backends
@@ -30,7 +31,7 @@ def plans(settings: Settings) -> list[Plan]:
     causal = functools.partial(AttentionMask.block_causal, 2 * rows, BLOCK, device=device)
     padded = functools.partial(padding, 8, rows, device)
     case = functools.partial(forward_case, device, not quick)
-    found = [
+    return [
         Plan("diffusion bf16", functools.partial(case, "block diffusion", (1, 8, rows, 64), diffusion, 3.0, **half)),
         Plan("diffusion fp32", functools.partial(case, "block diffusion", (1, 8, rows, 64), diffusion, 2.5)),
         Plan("causal bf16", functools.partial(case, "block causal", (1, 16, 2 * rows, 128), causal, 1.7, **half)),
@@ -39,8 +40,8 @@ def plans(settings: Settings) -> list[Plan]:
         Plan("training fp32", functools.partial(training_case, device, (1, 8, rows, 64), diffusion)),
         Plan("training bf16", functools.partial(training_case, device, (1, 8, rows, 64), diffusion, **half)),
         Plan("building", functools.partial(building_case, device, 8 * rows)),
+        *attention_cached.plans(settings),
     ]
-    return found
 
 
 def padding(batch: int, length: int, device) -> AttentionMask:

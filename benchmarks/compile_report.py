@@ -29,8 +29,6 @@ TARGETS = (*NVIDIA, "gfx942")
 QUICK_CASES = ("ddim", "guided_rescale_threshold_philox", "on_device")
 QUICK_TOKEN_CASES = ("greedy", "guided_few_rows", "top_k_top_p")
 QUICK_HEAD_CASES = ("head_greedy", "head_draw")
-
-
 QUICK_ATTENTION_CASES = ("attention_few_queries_64", "attention_backward_64")
 QUICK_DTYPES = ("fp32+bf16",)
 
@@ -144,6 +142,7 @@ def triton_launches(cases=None, dtypes=None, target: str = "sm_90") -> dict[str,
 def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(name, dtypes, call) of every configuration of every family, as the target runs it."""
     from genfast.kernels import attention, attention_configurations, configurations, token_configurations
+    from genfast.kernels.attention_cached import attention_cached
     from genfast.kernels.sampler_step import sampler_step
     from genfast.kernels.token_head import lm_head_partials, merge_head_partials
     from genfast.kernels.token_masking import forward_mask
@@ -180,6 +179,10 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
         for dtype in attention_configurations.DTYPES:
             op, args, options = attention_configurations.arguments(name, dtype)
             yield name, dtype, functools.partial(getattr(attention, op), *args, **options, target=target)
+    for name in attention_configurations.CACHED:
+        for dtype in attention_configurations.DTYPES:
+            args, options = attention_configurations.cached_arguments(name, dtype)
+            yield name, dtype, functools.partial(attention_cached, *args, **options, target=target)
 
 
 def compile_launch(launch: Launch, target: str):

@@ -38,7 +38,10 @@ BEST_ISA = "avx512bf16"
 
 FAMILIES = ("sampler_step", "token_sampling", "attention")
 
-PARTS = {"token_sampling": ("token_sampling", "token_transfer", "token_masking", "token_transition", "token_head")}
+PARTS = {
+    "token_sampling": ("token_sampling", "token_transfer", "token_masking", "token_transition", "token_head"),
+    "attention": ("attention", "attention_cached"),
+}
 """The files in which a family of several ops is written, in every layer; by default one of the family's own name."""
 
 # The order in which CUDA tensors are offered to the GPU backends, per family. The design asks for a measurement
@@ -103,16 +106,18 @@ def _choose(family: str, op: str, device: str, ordered: str | None) -> tuple[str
         why = missing(ordered, device)
         if ordered == "cuda" and ordered not in CUDA_ORDER[family]:
             why = f"the family {family} has no CUDA C++ kernels (its GPU kernels are Triton's)"
-        if why:
-            raise BackendUnavailable(f"backend {ordered!r} was asked for, but {why}")
-        return ordered, _function(ordered, family, op)
+        function = None if why else _function(ordered, family, op)
+        if function is None:
+            raise BackendUnavailable(f"backend {ordered!r} was asked for, but {why or f'it has no {op}'}")
+        return ordered, function
     wanted = {"cpu": ("cpu",), "cuda": CUDA_ORDER[family]}.get(device, ())
     reasons = []
     for name in wanted:
         why = missing(name, device)
-        if why is None:
-            return name, _function(name, family, op)
-        reasons.append(f"{name}: {why}")
+        function = _function(name, family, op) if why is None else None
+        if function is not None:
+            return name, function
+        reasons.append(f"{name}: {why or f'it has no {op}'}")
     detail = "; ".join(reasons) if reasons else f"no fused backend runs on {device} tensors"
     warnings.warn(f"genfast runs {family} through plain PyTorch ({detail}). `genfast doctor` says more.", stacklevel=5)
     return "reference", _function("reference", family, op)
@@ -159,18 +164,19 @@ def parts(family: str) -> tuple[str, ...]:
     return PARTS.get(family, (family,))
 
 
-def _function(name: str, family: str, op: str) -> Callable:
-    """An op of a family on a backend, in whichever of the family's files it is."""
+def _function(name: str, family: str, op: str) -> Callable | None:
+    """An op of a family on a backend, in whichever of the family's files it is; None if the backend lacks it."""
     found = (getattr(_module(name, part), op, None) for part in parts(family))
-    return next(function for function in found if function is not None)
+    return next((function for function in found if function is not None), None)
 
 
 def _module(name: str, family: str):
-    if name == "cpu":
-        return importlib.import_module(f"genfast.native.{family}").bind(cpu_module(), _override)
-    if name == "cuda":
-        return importlib.import_module(f"genfast.native.{family}").bind(cuda_module(), _override)
-    return importlib.import_module(f"genfast.{'kernels' if name == 'triton' else name}.{family}")
+    """The functions of a part of a family on a backend; None if the backend has no file of it."""
+    module = f"genfast.{'kernels' if name == 'triton' else name}.{family}"
+    if name in ("reference", "triton"):
+        return importlib.import_module(module) if importlib.util.find_spec(module) else None
+    native = cpu_module() if name == "cpu" else cuda_module()
+    return importlib.import_module(f"genfast.native.{family}").bind(native, _override)
 
 
 def missing(name: str, device: str) -> str | None:

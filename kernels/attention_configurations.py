@@ -44,3 +44,43 @@ def arguments(name: str, dtype: str, device: str = "meta") -> tuple[str, tuple, 
     grads = dict(grad_q=torch.empty_like(q), grad_k=torch.empty_like(k), grad_v=torch.empty_like(v))
     options = dict(ranges=ranges, scale=0.125, **grads)
     return "attention_backward", (torch.empty_like(out), grad_lse, q, k, v, out, lse), options
+
+
+CACHED = {
+    # of attention_cached: (queries, whether there is a block, page size, style of rotation)
+    f"{name}_{size}": (*options, size)
+    for name, options in {
+        "cached": (32, False, None, None),
+        "cached_block": (32, True, None, None),
+        "cached_rope": (32, True, None, "half"),
+        "cached_pages": (32, True, 64, "interleaved"),
+        "cached_one_query": (1, True, 16, "half"),
+    }.items()
+    for size in SIZES
+    if "rope" in name or "pages" in name or size in (64, 128)
+}
+
+
+def cached_arguments(name: str, dtype: str, device: str = "meta") -> tuple[tuple, dict]:
+    """The arguments of ``attention_cached`` for a case of ``CACHED``, uninitialised."""
+    queries, block, page_size, rope, size = CACHED[name]
+    heads, kv_heads, capacity = 32, 8, 4096
+
+    def new(*shape, dtype=DTYPES[dtype]):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    q, out = (new(1, heads, queries, size) for _ in range(2))
+    k, v = (new(1, kv_heads, queries, size) if block else None for _ in range(2))
+    if page_size is None:
+        keys, values = (new(1, kv_heads, capacity + 1, size)[:, :, :capacity] for _ in range(2))
+        table = None
+    else:
+        pages = capacity // page_size
+        keys, values = (new(pages + 1, kv_heads, page_size, size) for _ in range(2))
+        table = new(1, pages + 1, dtype=torch.int32)[:, :pages]
+    lengths = new(1, dtype=torch.int64)
+    first = None if rope is None else lengths
+    cos, sin = (None if rope is None else new(capacity, size // 2, dtype=torch.float32) for _ in range(2))
+    lse = new(1, heads, queries, dtype=torch.float32)
+    options = dict(interleaved=rope == "interleaved", scale=0.125, out=out, lse=lse)
+    return (q, k, v, keys, values, table, lengths, first, cos, sin), options

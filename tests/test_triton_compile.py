@@ -83,6 +83,11 @@ def test_attention_has_matrix_instructions_and_wide_copies():
         assert "wgmma.mma_async" in code and "cp.async.cg.shared.global" in code
 
 
+def test_the_cached_attention_kernels():
+    rows = compile_without_spills(("cached_rope_64", "cached_pages_128"), ["bf16"], ("sm_90", "gfx942"))
+    assert {row.kernel for row in rows} == {"cached_kernel", "merge_kernel"}
+
+
 def attention_launches(q_len, kv_len, **options):
     _, (q, k, v), defaults = attention_configurations.arguments("attention_few_queries_64", "bf16")
     q, out = (t.expand(1, 32, q_len, 64) for t in (q[:, :, :1], q[:, :, :1]))

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/attention_cached.h"
 #include "cpu/attention_tiles.h"
 
 namespace genfast {
@@ -175,6 +176,7 @@ void attend_all(const AttentionArgs& a) {
 
 void attention(const AttentionArgs& a) {
   if (a.batch * a.heads * a.q_len == 0) return;
+  if (few_rows(a)) return attention_of_few_rows(a);
 #if defined(__AVX512BF16__)
   if (a.q.dtype == kBFloat16) return attend_all<true>(a);
 #endif

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "cpu/attention.h"
+#include "cpu/attention_heads.h"
 #include "cpu/bindings.h"
 
 namespace py = pybind11;
@@ -11,16 +12,7 @@ namespace py = pybind11;
 namespace genfast {
 namespace {
 
-using PyHeads = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // address, dtype code, strides of B, H, L
-using PyRanges = std::tuple<uintptr_t, int64_t>;                        // address or 0, stride of the batch
-
-Heads heads(const PyHeads& given) {
-  Heads t;
-  uintptr_t address;
-  std::tie(address, t.dtype, t.batch_stride, t.head_stride, t.row_stride) = given;
-  t.data = reinterpret_cast<char*>(address);
-  return t;
-}
+using PyRanges = std::tuple<uintptr_t, int64_t>;  // address or 0, stride of the batch
 
 AttentionArgs arguments(const PyHeads& q, const PyHeads& k, const PyHeads& v, const PyHeads& out, uintptr_t lse,
                         const PyRanges& ranges, const std::tuple<int64_t, int64_t, int64_t>& batch_heads,

@@ -7,6 +7,7 @@ namespace genfast {
 void register_token_sampling(pybind11::module_& module);
 void register_token_masking(pybind11::module_& module);
 void register_attention(pybind11::module_& module);
+void register_attention_cached(pybind11::module_& module);
 void register_token_head(pybind11::module_& module);
 
 }  // namespace genfast

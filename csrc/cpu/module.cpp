@@ -150,5 +150,6 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_token_sampling(module);
   register_token_masking(module);
   register_attention(module);
+  register_attention_cached(module);
   register_token_head(module);
 }

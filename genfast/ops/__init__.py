@@ -2,6 +2,7 @@
 
 from genfast.ops import (  # noqa: F401
     attention,
+    attention_cached,
     sampler_step,
     token_head,
     token_masking,
