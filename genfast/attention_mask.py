@@ -312,11 +312,13 @@ class AttentionMask:
 
         tiles = self.tiles(block_size, block_size)[:, None]
         counts, indices = zip(*(_listed(tiles == kind) for kind in (1, 2)))
-        ranges, shared = self.ranges, self.batch == 1
+        # A tensor each: FlexAttention compiled for CPUs (torch 2.13) misreads a row that is taken out and then indexed.
+        ends, shared = [t.contiguous() for t in self.ranges.unbind(-1)], self.batch == 1
 
         def mask_mod(b, h, q, k):
-            row = ranges[b * 0 if shared else b, q]
-            return ((k >= row[0]) & (k < row[1])) | ((k >= row[2]) & (k < row[3]))
+            b = b * 0 if shared else b
+            begin, end, begin2, end2 = (t[b, q] for t in ends)
+            return ((k >= begin) & (k < end)) | ((k >= begin2) & (k < end2))
 
         made = BlockMask.from_kv_blocks(
             counts[0], indices[0], counts[1], indices[1], BLOCK_SIZE=block_size, mask_mod=mask_mod,

@@ -124,6 +124,17 @@ def test_flex_attention_masks_there_and_back():
         assert torch.equal(block_mask.to_dense()[:, 0].bool(), tiles > 0)
 
 
+def test_compiled_flex_attention_sees_what_the_mask_says():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = torch.randn(2, 2, 128, 32, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    for mask in (AttentionMask.block_diffusion(64, 16), AttentionMask.padding(torch.tensor([70, 128]), 128)):
+        dense = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask.to_dense()[:, None])
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(q, q, q, block_mask=mask.to_block_mask()), dense)
+
+
 def test_pictures():
     mask = AttentionMask.block_causal(8, 2)
     assert mask.plot(4) == "█···\n██··\n███·\n████"

@@ -60,7 +60,8 @@ struct Packed {
 
 struct Workspace {
   Floats q, scores, pairs, sum;  // of a tile of rows: [kRows][depth], [kRows][kKeys], half of that, [kRows][width]
-  alignas(64) float largest[kRows], total[kRows], added[kRows], shrink[kRows];
+  alignas(64) float largest[kRows], shrink[kRows];
+  alignas(64) float totals[kRows * kLanes], added[kRows * kLanes];  // a vector per row, whose lanes are added last
   Workspace(int64_t depth, int64_t width)
       : q(kRows * depth), scores(kRows * kKeys), pairs(kRows * kKeys / 2), sum(kRows * width) {}
 };
@@ -87,7 +88,7 @@ void soften(const AttentionArgs& a, int64_t b, int64_t row, int64_t n, int64_t k
       }
       most = larger(t[k], most);
     }
-    const float before = w.largest[i], now = std::max(before, largest(most));
+    const float before = w.largest[i], now = std::max(before, largest_lane(most));
     const float base = now == -kInfinity ? 0.0f : now;
     vf sum{};
     for (int k = 0; k < kVectors; k++) {
@@ -96,24 +97,27 @@ void soften(const AttentionArgs& a, int64_t b, int64_t row, int64_t n, int64_t k
       sum += p;
     }
     w.largest[i] = now;
-    w.added[i] = sum_lanes(sum);
+    store(w.added + i * kLanes, sum);
     w.shrink[i] = before - base;
   }
   for (int64_t i = 0; i < kRows; i += kLanes) {
-    const vf shrink = exponential(load<vf>(w.shrink + i));
-    store(w.shrink + i, shrink);
-    store(w.total + i, load<vf>(w.total + i) * shrink + load<vf>(w.added + i));
+    store(w.shrink + i, exponential(load<vf>(w.shrink + i)));
+  }
+  for (int64_t i = 0; i < n; i++) {
+    float* totals = w.totals + i * kLanes;
+    store(totals, load<vf>(totals) * splat(w.shrink[i]) + load<vf>(w.added + i * kLanes));
   }
 }
 
 void store_rows(const AttentionArgs& a, int64_t b, int64_t h, int64_t row, int64_t n, int64_t width, Workspace& w) {
   for (int64_t i = 0; i < n; i++) {
     float* o = w.sum.data() + i * width;
-    const float total = w.total[i];
-    const vf divisor = splat(total == 0 ? 1.0f : total);
+    const double total = genfast::total(load<vf>(w.totals + i * kLanes));
+    const vf divisor = splat(total == 0 ? 1.0f : (float)total);
     for (int64_t d = 0; d < width; d += kLanes) store(o + d, load<vf>(o + d) / divisor);
     store_run(o, a.value_dim, row_of(a.out, b, h, row + i), a.out.dtype);
-    a.lse[(b * a.heads + h) * a.q_len + row + i] = total == 0 ? -kInfinity : w.largest[i] + std::log(total);
+    a.lse[(b * a.heads + h) * a.q_len + row + i] =
+        total == 0 ? -kInfinity : (float)((double)w.largest[i] + std::log(total));
   }
 }
 
@@ -128,9 +132,8 @@ void attend(const AttentionArgs& a, const Packed<PAIRS>& packed, int64_t b, int6
     load_rows(a.q, b, h, row, n, n, a.dim, a.dim, w.q.data());
   std::fill(w.sum.data(), w.sum.data() + n * width, 0.0f);
   std::fill(w.largest, w.largest + kRows, -kInfinity);
-  std::fill(w.total, w.total + kRows, 0.0f);
+  std::fill(w.totals, w.totals + kRows * kLanes, 0.0f);
   std::fill(w.shrink, w.shrink + kRows, 0.0f);
-  std::fill(w.added, w.added + kRows, 0.0f);
   for (int64_t tile = sight.begin() / kKeys; tile * kKeys < sight.end(); tile++) {
     const int64_t key = tile * kKeys, end = std::min(key + kKeys, a.kv_len);
     if (!sight.sees(key, end)) continue;

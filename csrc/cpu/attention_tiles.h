@@ -186,10 +186,12 @@ inline vf exponential(vf x) {
   return as_float(as_int(times_power(p, n)) & ~gone);
 }
 
-inline float sum_lanes(vf v) {
-  float sum = 0;
-  for (int k = 0; k < kLanes; k++) sum += v[k];
-  return sum;
+inline float largest_lane(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  return largest(v);
+#endif
 }
 
 // body(make(), item) for every item, each by one thread, in any order: what an item computes must not depend on others.

@@ -16,7 +16,7 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 // Products are added up in runs of so many. Without a fused multiply-add they are rounded too; short runs make up for
 // it.
 #if defined(__FMA__)
-constexpr int64_t kLongestSum = int64_t(1) << 40;
+constexpr int64_t kLongestSum = 32;
 #else
 constexpr int64_t kLongestSum = 16;
 #endif
