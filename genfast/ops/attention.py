@@ -12,6 +12,7 @@ from genfast import profiling
 from genfast._registry import export
 from genfast.attention_mask import AttentionMask
 from genfast.backends import choose
+from genfast.reference import attention as reference
 
 FAMILY = "attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -89,10 +90,7 @@ def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
             raise TypeError(f"outs[{k}] and lses[{k}] must be floating tensors")
         if out.shape != outs[0].shape or out.dtype != outs[0].dtype or lse.shape != out.shape[:-1]:
             raise ValueError(f"outs[{k}] is {list(out.shape)}, lses[{k}] {list(lse.shape)}; expected as the first")
-    total = torch.stack(lses).logsumexp(0)
-    seen = total.masked_fill(total == -torch.inf, 0.0)
-    merged = sum(out.to(total.dtype) * (lse - seen).exp()[..., None] for out, lse in zip(outs, lses))
-    return merged.to(outs[0].dtype), total
+    return reference.merge_states(outs, lses)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -141,8 +139,6 @@ def _checked_ranges(mask, q: Tensor, k: Tensor) -> Tensor | None:
 def _run(op: str, q: Tensor):
     """(name, function) of the backend; float64 is the reference's."""
     if q.dtype == torch.float64:
-        from genfast.reference import attention as reference
-
         return "reference", getattr(reference, op)
     return choose(FAMILY, op, q.device)
 
