@@ -1,4 +1,8 @@
-"""The public ops of the family ``attention``: checks, choice of backend, gradients, torch.library."""
+"""The public ops of the family ``attention``: checks, choice of backend, gradients, torch.library.
+
+There is no CUDA C++: on Hopper it could beat Triton (wgmma with TMA), but that is to be shown on a GPU before it is
+written, and none has been at hand for this family.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The op ``attention_cached``: checks, choice of backend, torch.library. It reads a cache that lives across steps."""
+"""The op ``attention_cached``: checks, choice of backend, torch.library. It reads a cache that lives across steps.
+
+There is no CUDA C++, for the reason given in :mod:`genfast.ops.attention`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The op of the family ``token_sampling`` that noises clean tokens for training: checks, choice of backend."""
+"""The op of the family ``token_sampling`` that noises clean tokens for training: checks, choice of backend.
+
+There is no CUDA C++: one pass over the elements is what Triton writes well. A measurement on a GPU may say otherwise.
+"""
 
 from __future__ import annotations
 

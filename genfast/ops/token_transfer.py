@@ -1,4 +1,7 @@
-"""The ops of the family ``token_sampling`` that choose positions and write to them: checks, choice of backend."""
+"""The ops of the family ``token_sampling`` that choose positions and write to them: checks, choice of backend.
+
+There is no CUDA C++, as in :mod:`genfast.ops.token_sampling`; `benchmarks/token_sampling.py` times these ops too.
+"""
 
 from __future__ import annotations
 
