@@ -26,7 +26,7 @@ LENGTH, BLOCK = 32, 8
 def training_pass(model, noised, clean, mask):
     """Scores of the noised letters x_t: one pass over x_t and then x_0, in which ``mask`` lets a noised letter see its
     own block of x_t and the blocks of x_0 before it."""
-    by = turns(model.rope, torch.arange(LENGTH).repeat(2)[None])  # a letter is at the same place in both
+    by = turns(model.rope, torch.arange(LENGTH).repeat(2))  # a letter is at the same place in both
 
     def attend(layer, q, k, v):
         return genfast.attention(rotated(q, by), rotated(k, by), v, mask=mask)

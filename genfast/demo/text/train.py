@@ -76,8 +76,7 @@ def cross_entropy(net: Network, x0: Tensor, x: Tensor, mask: Tensor, blocks: boo
     """
     if blocks:
         length = x0.shape[1]
-        positions = torch.arange(length).repeat(2)[None]
-        attend = whole(net.rope, positions, block_diffusion(length))
+        attend = whole(net.rope, torch.arange(length).repeat(2), block_diffusion(length))
         logits = net.logits(torch.cat([x, x0], 1), attend)[:, :length]
     else:
         logits = net(x).logits

@@ -59,7 +59,7 @@ class Layer(nn.Module):
         return h + self.down(F.gelu(self.up(self.norms[1](h))))
 
 
-def looks(heads: int, frequencies: Tensor, sharpness: float = 2.0) -> Tensor:
+def looks(heads: int, frequencies: Tensor, sharpness: float = 0.6) -> Tensor:
     """Biases [3, heads, D] of queries, keys and values (which have none): with them alone, head h gives a key at a
     distance d from where it looks the score ``sharpness * sum(cos(frequencies * d))``."""
     at = torch.tensor([2.0 ** (h // 2) * (-1) ** (h + 1) for h in range(heads)])
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         slowest: the fewest radians per position by which a pair of numbers is rotated; the most are 2.
     """
 
-    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, longest: int, slowest: float = 0.02):
+    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, longest: int, slowest: float = 0.2):
         super().__init__()
         self.bfloat16, self.longest = False, longest
         frequencies = 2 * (slowest / 2) ** torch.linspace(0, 1, width // heads // 2)
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         Args:
             ids: int64 [B, n].
             attention_mask: int [B, n], 0 where there is padding; or bool [B or 1, 1, n, m], what a position sees.
-            position_ids: int64 [B or 1, n]; by default 0 ... n - 1. A cache knows where it ends, and asks for none.
+            position_ids: int64 [n] or [B, n]; by default 0 ... n - 1. With a cache they go on from what it holds.
             past_key_values, use_cache: the :class:`Cache` of what has been decided; begin one.
             replace_position: bool [B, m], those of the cached positions that ids stand for.
 
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
                 seen[:, 0] if seen.dim() == 4 else seen[:, None].expand(-1, len(ids[0]), -1)
             )
         if position_ids is None:
-            position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+            position_ids = torch.arange(ids.shape[1], device=ids.device)
         return Answer(self.logits(ids, whole(self.rope, position_ids, mask)), None)
 
     def logits(self, ids: Tensor, attend: Attend) -> Tensor:
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
 def turns(rope: tuple[Tensor, Tensor, str], position_ids: Tensor) -> Tensor:
     """complex64 [B or 1, 1, n, D / 2]: by what :func:`rotated` multiplies the pairs of numbers at positions."""
     cos, sin, _ = rope
-    return torch.complex(cos, sin)[position_ids][:, None]
+    return torch.complex(cos, sin)[position_ids].unsqueeze(-3)
 
 
 def rotated(x: Tensor, by: Tensor) -> Tensor:
@@ -209,8 +209,8 @@ class Cache:
         """The positions of a pass at which its blocks end, by what each one sees."""
         if mask.shape != (1, 1, n, self.length + n):
             raise ValueError(
-                f"the mask is {list(mask.shape)}; expected {[1, 1, n, self.length + n]} (with a cache the rows begin in "
-                "the same block)"
+                f"the mask is {list(mask.shape)}; expected {[1, 1, n, self.length + n]}: with a cache the rows begin in "
+                "the same block"
             )
         if bool(mask.all()):
             return [n]
