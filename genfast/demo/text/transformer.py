@@ -207,10 +207,10 @@ class Cache:
 
     def _ends(self, n: int, mask: Tensor) -> list[int]:
         """The positions of a pass at which its blocks end, by what each one sees."""
-        if mask.shape != (1, 1, n, self.length + n):
+        expected = [1, 1, n, self.length + n]
+        if list(mask.shape) != expected:
             raise ValueError(
-                f"the mask is {list(mask.shape)}; expected {[1, 1, n, self.length + n]}: with a cache the rows begin in "
-                "the same block"
+                f"attention_mask is {list(mask.shape)}; expected {expected}: with a cache rows begin in the same block"
             )
         if bool(mask.all()):
             return [n]
@@ -222,7 +222,7 @@ class Cache:
             seen = self.length + ends[torch.searchsorted(ends, columns, right=True)]
             blocks = torch.equal(torch.arange(self.length + n, device=mask.device) < seen[:, None], mask[0, 0])
         if not blocks:
-            raise ValueError("with a cache the mask must be block causal")
+            raise ValueError("attention_mask is not block causal, which it must be with a cache")
         return ends.tolist()
 
     def attend(self, ends: list[int], last_block: dict, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
