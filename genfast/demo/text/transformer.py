@@ -129,9 +129,7 @@ class Transformer(nn.Module):
         mask = None
         if attention_mask is not None:
             seen = attention_mask.bool()
-            mask = AttentionMask.from_dense(
-                seen[:, 0] if seen.dim() == 4 else seen[:, None].expand(-1, len(ids[0]), -1)
-            )
+            mask = AttentionMask.from_dense(seen[:, 0] if seen.dim() == 4 else seen[:, None].expand(*ids.shape, -1))
         if position_ids is None:
             position_ids = torch.arange(ids.shape[1], device=ids.device)
         return Answer(self.logits(ids, whole(self.rope, position_ids, mask)), None)
@@ -192,7 +190,7 @@ class Cache:
 
         Args:
             mask: bool [1, 1, n, m], block causal over the m - n positions that are stored and those of the pass.
-            replaced: bool [B, positions], which the pass rewrites (Fast-dLLM's dual cache).
+            replaced: bool [B, positions], the run of them that the pass rewrites in every row (Fast-dLLM's dual cache).
         """
         if mask is not None:
             ends = self._ends(n, mask)
@@ -226,6 +224,7 @@ class Cache:
         return ends.tolist()
 
     def attend(self, ends: list[int], last_block: dict, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Blocks one after another; ``last_block`` says what :func:`genfast.attention_cached` writes of the last."""
         if layer == len(self.layers):
             self.layers.append(KVCache(len(k), k.shape[1], self.longest, k.shape[3], dtype=k.dtype, device=k.device))
         found = []
