@@ -63,12 +63,12 @@ def small_corpus(monkeypatch, corpus):
 
 
 def test_quick_demo(tmp_path, capsys, small_corpus):
-    arguments = ["--text", "--quick", "--steps", "600", "--prompt", "Return the", "--out", str(tmp_path)]
+    arguments = ["--text", "--quick", "--steps", "300", "--prompt", "Return the", "--out", str(tmp_path)]
     assert demo.main(arguments) == 0
     said = capsys.readouterr().out
     bits = {name: float(value) for name, value in re.findall(r"^  (\w.*?)  +(\d\.\d\d)$", said, re.MULTILINE)}
     whole, blocks = bits["whole texts (LLaDA, SEDD, MDLM)"], bits["blocks of 16 (block diffusion)"]
-    # Sixty steps have begun to look at neighbours.
+    # Thirty steps have begun to look at neighbours.
     assert 2 < whole < bits["characters' frequencies"] and 2 < blocks < bits["characters' frequencies"]
     numbers = r"^(\w.*?) +(\d+) +([\d,]+) +([\d,]+) +(\d+)% +\d+% +\d+ +\d+ +[\d.]+x +([\d.]+) +([\d.]+)$"
     rows = re.findall(numbers, said, re.MULTILINE)
