@@ -2,11 +2,13 @@
 //
 //     m_i = max_j t_ij,   l_i = sum_j e^(t_ij - m_i),   o_i = sum_j e^(t_ij - m_i) v_j / l_i,   lse_i = m_i + log l_i,
 //
-// tile of keys by tile of keys: when m_i grows, l_i and o_i are scaled down (Dao et al. 2022, arXiv:2205.14135). Keys
-// and values are packed once per key head, as the right sides of the two products, and shared by all query heads and
-// tiles of rows. A tile of keys that no row of a tile sees is not touched; one that all see has no mask code. A tile of
-// rows is one thread's, from the first key to the last, so that nothing depends on the number of threads. With
-// AVX512-BF16, bfloat16 goes into the products as it is: p is then rounded to it, as the peers round it.
+// up to kKeys keys at a time: in place of m_i stands a base that follows it, and when that grows, l_i and o_i are
+// scaled down (Dao et al. 2022, arXiv:2205.14135). Keys and values are packed once per key head, as the right sides of
+// the two products, and shared by all query heads and tiles of rows. Keys lie vector by vector, so that a tile of rows
+// begins with the first vector in which it sees a key, at any offset, and ends with the last; where all its rows see
+// all, there is no mask code. A tile of rows is one thread's, from the first key to the last, so that nothing depends
+// on the number of threads. With AVX512-BF16, bfloat16 goes into the products as it is: p is then rounded to it, as the
+// peers round it.
 #include "cpu/attention.h"
 
 #include <cmath>
@@ -66,8 +68,9 @@ struct Packed {
     return values.data() + ((b * a.kv_heads + h) * groups + key / kLanes) * value_size();
   }
 
- private:
-  int64_t key_size() const { return words * kLanes; }
+  // Four cache lines more than there are words: where vectors of keys lie a multiple of 4096 bytes apart, those that
+  // meet in a register tile have the same few places in the cache.
+  int64_t key_size() const { return words * kLanes + 64; }
   int64_t value_size() const { return words_of(PAIRS, kLanes) * width; }
 };
 
@@ -120,7 +123,7 @@ void attend(const AttentionArgs& a, const Packed<PAIRS>& packed, int64_t b, int6
     const auto [begin, end] = spans[s];
     for (int64_t key = begin / kLanes * kLanes; key < end; key += kKeys) {
       const int64_t keys = std::min(kKeys, padded(end - key));
-      multiply<PAIRS>(Left{w.q.data(), words, 1}, Right{packed.keys_at(a, b, kv_head, key), kLanes, words * kLanes},
+      multiply<PAIRS>(Left{w.q.data(), words, 1}, Right{packed.keys_at(a, b, kv_head, key), kLanes, packed.key_size()},
                       w.scores.data(), kKeys, n, keys, words, false);
       const auto softened = [&](auto whole, const auto& seen) {
         return soften<PAIRS, whole>(a.scale, n, keys / kLanes, seen, w.scores.data(), w.base, w.total, w.softening);
