@@ -1,5 +1,7 @@
 """``attention`` on the CPU: every instruction set against the oracle, gradients, determinism, refusals."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 import genfast
 from genfast import AttentionMask, backends
 from genfast.checks import attention as checks
+from genfast.checks import compare
 
 PLACES = backends.machine_isas()
 F64 = torch.float64
@@ -25,6 +28,39 @@ def test_cases(isa, case):
     with backends.instruction_set(isa):
         error, allowed = checks.check(case, "cpu")
     assert error <= allowed
+
+
+WINDOWS = {
+    "one interval": lambda at, i: (at, at + 33, 0 * at, 0 * at),
+    "one key": lambda at, i: (at, at + 1, 0 * at, 0 * at),
+    "two intervals near each other": lambda at, i: (at + 12, at + 45, at, at + 9),
+    "two intervals far from each other": lambda at, i: (at, at + 20, at + 57, at + 76),
+    "rows that differ": lambda at, i: (at + i, at + i + 5 * (i % 3), at + 3 * i // 2, at + 3 * i // 2 + i % 17),
+    "to the last key": lambda at, i: (150 - at, 0 * at + 150, 0 * at, 0 * at + 2),
+}
+
+
+@functools.cache
+def windows(window: str, dtype: torch.dtype):
+    """q, k, v, mask, and what plain PyTorch makes of them in float64 and in their own dtype."""
+    at, i = torch.meshgrid(torch.arange(66), torch.arange(40), indexing="ij")
+    mask = AttentionMask.intervals(*WINDOWS[window](at, i), kv_len=150)
+    shapes = ((66, 1, 40, 24), (66, 1, 150, 24), (66, 1, 150, 20))
+    tensors = [randn(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
+    dense = mask.to_dense()[:, None]
+    oracle = checks.plain(*(t.double() for t in tensors), dense, None)
+    return (*tensors, mask, oracle, checks.plain(*tensors, dense, None))
+
+
+@pytest.mark.parametrize("isa", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_intervals_that_begin_anywhere_in_a_tile(isa, dtype, window):
+    q, k, v, mask, oracle, theirs = windows(window, dtype)
+    with backends.instruction_set(isa):
+        got = genfast.attention(q, k, v, mask=mask, return_lse=True)
+    for error, allowed in map(compare, got, oracle, theirs):
+        assert error <= allowed
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -13,9 +13,9 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/attention_tiles.h"
-#include "cpu/transpose.h"
-#include "cpu/word_product.h"
+#include "cpu/attention_softmax.h"
+#include "cpu/small_gemm.h"
+#include "cpu/words.h"
 
 namespace genfast {
 namespace {
@@ -111,16 +111,6 @@ void locate(const CachedArgs& a, const Heads& block_k, int64_t b, int64_t h, int
   }
 }
 
-// Sums, or largest numbers, of kLanes vectors, a lane for each: a square is turned and its rows are combined.
-template <class Combine>
-inline vf across(const float* vectors, const Combine& combine) {
-  vf v[kLanes];
-  for (int j = 0; j < kLanes; j++) v[j] = load<vf>(vectors + j * kLanes);
-  transpose(v);
-  for (int j = 1; j < kLanes; j++) v[0] = combine(v[0], v[j]);
-  return v[0];
-}
-
 // Scores of n keys to probabilities relative to the largest score so far, in place, or as pairs of bfloat16. What was
 // summed before is to be multiplied by `shrink`.
 template <bool PAIRS>
@@ -198,16 +188,16 @@ void attend(const CachedArgs& a, const Rotated& turned, const Item& item, int64_
     for (int64_t row = 0; row < item.rows; row += kRows) {
       const int64_t rows = std::min(kRows, item.rows - row);
       float* sum = w.sum.data() + row * width;
-      word_product<PAIRS, false>(w.q.data() + row * words, words, w.keys.data(), kKeys, w.scores.data(), kKeys, rows,
-                                 kKeys, words);
+      multiply<PAIRS>(Left{w.q.data() + row * words, words, 1}, Right{w.keys.data(), kKeys, kLanes}, w.scores.data(),
+                      kKeys, rows, kKeys, words, false);
       soften<PAIRS>(a.scale, rows, n, w.largest + row, w.total + row, w);
       for (int64_t i = 0; i < rows; i++) {
         if (w.shrink[i] == 1.0f) continue;
         float* o = sum + i * width;
         for (int64_t d = 0; d < width; d += kLanes) store(o + d, load<vf>(o + d) * splat(w.shrink[i]));
       }
-      word_product<PAIRS, true>(w.scores.data(), kKeys, w.values.data(), width, sum, width, rows, width,
-                                words_of(PAIRS, n));
+      multiply<PAIRS>(Left{w.scores.data(), kKeys, 1}, Right{w.values.data(), width, kLanes}, sum, width, rows, width,
+                      words_of(PAIRS, n), true);
     }
   }
 }
