@@ -22,11 +22,11 @@
 namespace genfast {
 namespace {
 
-constexpr int64_t kChunk = 256;     // rows of queries that share a tile of keys
-constexpr int64_t kPartKeys = 512;  // of a part at the least
-constexpr int64_t kParts = 64;      // of all key heads of a sequence, about
-constexpr int64_t kFewest = 4;      // rows that do not make a vector
-constexpr int64_t kStateExtra = 2;  // beside a row's sum: its largest score and its total
+constexpr int64_t kChunk = 256;          // rows of queries that share a tile of keys
+constexpr int64_t kPartKeys = 512;       // of a part at the least
+constexpr int64_t kParts = 64;           // of all key heads of a sequence, about
+constexpr int64_t kFewest = kLanes / 2;  // rows that do not make a vector
+constexpr int64_t kStateExtra = 2;       // beside a row's sum: its largest score and its total
 
 // What one thread computes at a time: rows [row, row + rows) of the group of heads that share key head h, over keys
 // [begin, end).
@@ -354,10 +354,11 @@ void run(const CachedArgs& a) {
   const Rotated turned(a, threads);
   const int64_t state = width + kStateExtra;
   const Floats kept(states * state);
-  const auto attend = !fewest     ? genfast::attend<PAIRS, 0>
-                      : rows == 1 ? genfast::attend<PAIRS, 1>
-                      : rows == 2 ? genfast::attend<PAIRS, 2>
-                                  : genfast::attend<PAIRS, 4>;
+  const auto attend = !fewest                   ? genfast::attend<PAIRS, 0>
+                      : rows == 1               ? genfast::attend<PAIRS, 1>
+                      : rows == 2               ? genfast::attend<PAIRS, 2>
+                      : rows <= 4 || kLanes < 8 ? genfast::attend<PAIRS, std::min(kLanes / 2, 4)>
+                                                : genfast::attend<PAIRS, kLanes / 2>;
   for_each(
       threads, (int64_t)items.size(), [&] { return Scratch(most_rows, words, width); },
       [&](Scratch& w, int64_t index) {
