@@ -111,6 +111,12 @@ void locate(const CachedArgs& a, const Heads& block_k, int64_t b, int64_t h, int
   }
 }
 
+// Rows of so many bytes towards the second-level cache.
+void fetch(const char* const* rows, int64_t n, int64_t bytes) {
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows[i] + at, 0, 2);
+}
+
 // Rows of whole vectors of words, `words` of them: as they lie, or in `memory`.
 template <bool PAIRS>
 void rows_of_words(const char* const* rows, int64_t n, int dtype, int64_t dim, int64_t words, float* memory,
@@ -277,6 +283,13 @@ void attend(const CachedArgs& a, const Rotated& turned, const Item& item, int64_
     const int64_t n = std::min(kKeys, item.end - first);
     if (!seen.some(first, first + n)) continue;
     const char* values[kKeys];
+    // The next tile is asked for while vectors of rows are worked on; few rows read so steadily that it would disturb.
+    if constexpr (!LANES) {
+      const int64_t next = std::min(kKeys, item.end - first - n);
+      locate(a, turned.block_k, item.b, item.h, first + n, next, rows, values);
+      fetch(rows, next, a.dim * size_of(a.q.dtype));
+      fetch(values, next, a.value_dim * size_of(a.q.dtype));
+    }
     locate(a, turned.block_k, item.b, item.h, first, n, rows, values);
     rows_of_words<PAIRS>(rows, n, a.q.dtype, a.dim, words, w.keys.data(), w.key);
     std::fill(w.key + n, w.key + n + kLanes, w.key[n - 1]);
