@@ -341,7 +341,8 @@ void finish(const CachedArgs& a, const Item& item, int64_t parts, int64_t width,
 template <bool PAIRS>
 void run(const CachedArgs& a) {
   const int64_t rows = a.heads / a.kv_heads * a.q_len, most_rows = std::min(rows, kChunk);
-  const bool fewest = rows <= kFewest;
+  // Of heads of one vector a product's sum across lanes would cost more than the lanes left empty.
+  const bool fewest = rows <= kFewest && words_of(PAIRS, a.dim) > kLanes;
   const int64_t width = padded(a.value_dim), words = fewest ? padded(words_of(PAIRS, a.dim)) : words_of(PAIRS, a.dim);
   std::vector<Item> items, whole;  // whole: the first of the parts of each chunk of rows that has several
   int64_t states = 0, work = 0;

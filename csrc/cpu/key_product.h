@@ -11,14 +11,14 @@ namespace {
 // A score of kLanes rows and one key is a vector; groups of kLanes rows follow each other with all of their keys:
 // scores[group][key][kLanes].
 template <bool PAIRS, int KEYS, int GROUPS>
-inline void key_tile(const float* const* keys, const float* q, int64_t q_row, int64_t depth, float* scores,
-                     int64_t group_size) {
+inline void key_tile(const float* const* keys, const float* q, int64_t q_row, int64_t first, int64_t last,
+                     float* scores, int64_t group_size) {
   vf sum[KEYS][GROUPS];
   for (int m = 0; m < KEYS; m++)
     for (int g = 0; g < GROUPS; g++) sum[m][g] = vf{};
   const float* key[KEYS];
   for (int m = 0; m < KEYS; m++) key[m] = keys[m];
-  for (int64_t k = 0; k < depth; k++) {
+  for (int64_t k = first; k < last; k++) {
     vf right[GROUPS];
     for (int g = 0; g < GROUPS; g++) right[g] = load<vf>(q + k * q_row + g * kLanes);
     for (int m = 0; m < KEYS; m++) {
@@ -27,7 +27,10 @@ inline void key_tile(const float* const* keys, const float* q, int64_t q_row, in
     }
   }
   for (int m = 0; m < KEYS; m++)
-    for (int g = 0; g < GROUPS; g++) store(scores + g * group_size + m * kLanes, sum[m][g]);
+    for (int g = 0; g < GROUPS; g++) {
+      float* to = scores + g * group_size + m * kLanes;
+      store(to, first ? load<vf>(to) + sum[m][g] : sum[m][g]);
+    }
 }
 
 // Keys of a register tile; that many addresses must be there for the last of them.
@@ -41,14 +44,16 @@ constexpr int kTileKeys = 4;
 template <bool PAIRS>
 inline void key_product(const float* const* keys, int64_t n, const float* q, int64_t q_row, int64_t groups,
                         int64_t depth, float* scores, int64_t group_size) {
-  for (int64_t j = 0; j < n; j += kTileKeys) {
-    float* to = scores + j * kLanes;
-    int64_t g = 0;
-    for (; g + 2 <= groups; g += 2)
-      key_tile<PAIRS, kTileKeys, 2>(keys + j, q + g * kLanes, q_row, depth, to + g * group_size, group_size);
-    if (g < groups)
-      key_tile<PAIRS, kTileKeys, 1>(keys + j, q + g * kLanes, q_row, depth, to + g * group_size, group_size);
-  }
+  for (int64_t j = 0; j < n; j += kTileKeys)
+    for (int64_t first = 0; first < depth; first += kLongestSum) {
+      const int64_t last = std::min(depth, first + kLongestSum);
+      float* to = scores + j * kLanes;
+      int64_t g = 0;
+      for (; g + 2 <= groups; g += 2)
+        key_tile<PAIRS, kTileKeys, 2>(keys + j, q + g * kLanes, q_row, first, last, to + g * group_size, group_size);
+      if (g < groups)
+        key_tile<PAIRS, kTileKeys, 1>(keys + j, q + g * kLanes, q_row, first, last, to + g * group_size, group_size);
+    }
 }
 
 template <int S>

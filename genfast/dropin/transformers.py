@@ -16,9 +16,10 @@ caller's own mask, block causal say, is passed as a BlockMask, which models hand
 or as a dense one [B, 1, Lq, Lk], bool or of 0 and the dtype's least number, which is read at its first layer.
 
 On transformers' ``sdpa`` (``flex_attention`` for a BlockMask) runs what :mod:`genfast.dropin.attention` leaves to
-PyTorch: masks of more than two runs per row, dropout in training, position biases, paged caches and float64. What ``sdpa`` does not compute (``softcap``, attention sinks) is refused; like it, this returns no
-attention weights. A query that sees no key (padding before a causal text) has 0 here and under ``sdpa``, the mean of
-all values under ``eager``: what a model says at padding differs, and nothing else.
+PyTorch: masks of more than two runs per row, dropout in training, position biases, paged caches and float64. What
+``sdpa`` does not compute (``softcap``, attention sinks) is refused; like it, this returns no attention weights. A
+query that sees no key (padding before a causal text) has 0 here and under ``sdpa``, the mean of all values under
+``eager``: what a model says at padding differs, and nothing else.
 
 Under ``torch.compile`` and export, masks that depend on values (padding; packed documents, for which a decoder without
 a cache is always searched) are dense, and run on PyTorch. A model that asks for a mask to compute with

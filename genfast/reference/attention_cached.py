@@ -1,4 +1,4 @@
-"""Attention over a cache and an active block in plain PyTorch: the specification of ``attention_cached`` and ``cache_write``.
+"""Attention over a cache and an active block in plain PyTorch: ``attention_cached`` and ``cache_write``.
 
 Row b has keys and values at positions 0 ... lengths[b] - 1 of the cache, and behind them those of the block. Every
 query sees all of them; the arithmetic is that of :mod:`genfast.reference.attention`.
