@@ -186,7 +186,7 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
     for name in attention_configurations.WRITES:
         for dtype in attention_configurations.DTYPES:
             args, options = attention_configurations.write_arguments(name, dtype)
-            yield name, dtype, functools.partial(cache_write, *args, **options)
+            yield f"write_{name}", dtype, functools.partial(cache_write, *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):
