@@ -45,7 +45,7 @@ def windows(window: str, dtype: torch.dtype):
     """q, k, v, mask, and what plain PyTorch makes of them in float64 and in their own dtype."""
     at, i = torch.meshgrid(torch.arange(66), torch.arange(40), indexing="ij")
     mask = AttentionMask.intervals(*WINDOWS[window](at, i), kv_len=150)
-    shapes = ((66, 1, 40, 24), (66, 1, 150, 24), (66, 1, 150, 20))
+    shapes = ((66, 7, 40, 24), (66, 1, 150, 24), (66, 1, 150, 20))  # 280 rows to a key head: not the kernel of few
     tensors = [randn(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
     dense = mask.to_dense()[:, None]
     oracle = checks.plain(*(t.double() for t in tensors), dense, None)
@@ -66,7 +66,7 @@ def test_intervals_that_begin_anywhere_in_a_tile(isa, dtype, window):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.integers(1, 2),
-    st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    st.sampled_from([(1, 1), (4, 2), (3, 1), (8, 1)]),
     st.integers(1, 150),
     st.integers(1, 150),
     st.integers(1, 80),
