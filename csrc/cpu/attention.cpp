@@ -12,6 +12,7 @@
 #include "cpu/attention.h"
 
 #include <cmath>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -36,51 +37,49 @@ inline void fetch_rows(const Heads& t, int64_t b, int64_t h, int64_t row, int64_
 
 // Keys and values that some row sees, as words (words.h): keys vector by vector as [words of dim][kLanes], values as
 // [words of keys][width]. What no row of a sequence sees counts as zeros, since it may be memory that nobody has
-// written.
+// written. A few key heads at a time have a slot: so they are still in the caches when rows meet them.
 template <bool PAIRS>
-struct Packed {
-  int64_t groups, width, words;  // vectors of keys
-  Floats keys, values;
+class Packed {
+ public:
+  int64_t width, words;
 
-  Packed(const AttentionArgs& a, int threads)
-      : groups(padded(a.kv_len) / kLanes),
-        width(padded(a.value_dim)),
+  Packed(const AttentionArgs& a, int64_t slots)
+      : width(padded(a.value_dim)),
         words(words_of(PAIRS, a.dim)),
-        keys(a.batch * a.kv_heads * groups * key_size()),
-        values(a.batch * a.kv_heads * groups * value_size()) {
-    std::vector<Sight> seen;
-    for (int64_t b = 0; b < (a.ranges_stride ? a.batch : 1); b++) seen.emplace_back(a, b, 0, a.q_len);
-    const int64_t tiles = tiles_of(a.kv_len, kKeys);
-    for_each(
-        threads, a.batch * a.kv_heads * tiles, [] { return 0; },
-        [&](int, int64_t item) {
-          const int64_t tile = item % tiles, h = item / tiles % a.kv_heads, b = item / tiles / a.kv_heads;
-          const Sight& sight = seen[a.ranges_stride ? b : 0];
-          for (int64_t first = tile * kKeys; first < std::min((tile + 1) * kKeys, sight.end()); first += kLanes) {
-            if (first + kLanes <= sight.begin()) continue;
-            const char *k[kLanes], *v[kLanes];
-            for (int64_t j = 0; j < kLanes; j++) {
-              const bool some = first + j >= sight.begin() && first + j < sight.end();
-              k[j] = some ? row_of(a.k, b, h, first + j) : kZeros, v[j] = some ? row_of(a.v, b, h, first + j) : kZeros;
-            }
-            pack_columns<PAIRS>(k, kLanes, kLanes, a.k.dtype, a.dim, keys_at(a, b, h, first));
-            pack_rows<PAIRS>(v, kLanes, a.v.dtype, a.value_dim, width, values_at(a, b, h, first));
-          }
-        });
+        a_(a),
+        vectors_(padded(a.kv_len) / kLanes),
+        memory_(slots * vectors_ * size()) {
+    for (int64_t b = 0; b < (a.ranges_stride ? a.batch : 1); b++) seen_.emplace_back(a, b, 0, a.q_len);
   }
 
-  // Of the vector of keys that begins at `key`.
-  float* keys_at(const AttentionArgs& a, int64_t b, int64_t h, int64_t key) const {
-    return keys.data() + ((b * a.kv_heads + h) * groups + key / kLanes) * key_size();
+  // Keys [first, first + kKeys) of a head.
+  void pack(int64_t slot, int64_t b, int64_t h, int64_t first) {
+    const Sight& sight = seen_[a_.ranges_stride ? b : 0];
+    for (const int64_t last = std::min(first + kKeys, sight.end()); first < last; first += kLanes) {
+      if (first + kLanes <= sight.begin()) continue;
+      const char *k[kLanes], *v[kLanes];
+      for (int64_t j = 0; j < kLanes; j++) {
+        const bool some = first + j >= sight.begin() && first + j < sight.end();
+        k[j] = some ? row_of(a_.k, b, h, first + j) : kZeros, v[j] = some ? row_of(a_.v, b, h, first + j) : kZeros;
+      }
+      pack_columns<PAIRS>(k, kLanes, kLanes, a_.k.dtype, a_.dim, keys_at(slot, first));
+      pack_rows<PAIRS>(v, kLanes, a_.v.dtype, a_.value_dim, width, values_at(slot, first));
+    }
   }
-  float* values_at(const AttentionArgs& a, int64_t b, int64_t h, int64_t key) const {
-    return values.data() + ((b * a.kv_heads + h) * groups + key / kLanes) * value_size();
-  }
+
+  // Of the vector of keys that begins at `key`; its values follow it.
+  float* keys_at(int64_t slot, int64_t key) const { return memory_.data() + (slot * vectors_ + key / kLanes) * size(); }
+  float* values_at(int64_t slot, int64_t key) const { return keys_at(slot, key) + words * kLanes; }
 
   // Four cache lines more than there are words: where vectors of keys lie a multiple of 4096 bytes apart, those that
   // meet in a register tile have the same few places in the cache.
-  int64_t key_size() const { return words * kLanes + 64; }
-  int64_t value_size() const { return words_of(PAIRS, kLanes) * width; }
+  int64_t size() const { return words * kLanes + words_of(PAIRS, kLanes) * width + 64; }
+
+ private:
+  const AttentionArgs& a_;
+  int64_t vectors_;  // of keys
+  Floats memory_;    // one for both: large enough for pages of 2 MiB, which is a tenth of the time
+  std::vector<Sight> seen_;
 };
 
 struct Workspace {
@@ -116,9 +115,9 @@ void store_rows(const AttentionArgs& a, int64_t b, int64_t h, int64_t row, int64
 }
 
 template <bool PAIRS>
-void attend(const AttentionArgs& a, const Packed<PAIRS>& packed, int64_t b, int64_t h, int64_t row, int64_t ahead,
-            Workspace& w) {
-  const int64_t n = std::min(kRows, a.q_len - row), kv_head = h / (a.heads / a.kv_heads);
+void attend(const AttentionArgs& a, const Packed<PAIRS>& packed, int64_t slot, int64_t b, int64_t h, int64_t row,
+            int64_t ahead, Workspace& w) {
+  const int64_t n = std::min(kRows, a.q_len - row);
   const int64_t width = packed.width, words = packed.words;
   const int32_t all[4] = {0, (int32_t)a.kv_len, 0, 0};
   const SeesSome ranges{a.ranges ? a.ranges + b * a.ranges_stride + row * 4 : all, a.ranges ? 4 : 0, 0};
@@ -135,7 +134,7 @@ void attend(const AttentionArgs& a, const Packed<PAIRS>& packed, int64_t b, int6
     const auto [begin, end] = spans[s];
     for (int64_t key = begin / kLanes * kLanes; key < end; key += kKeys) {
       const int64_t keys = std::min(kKeys, padded(end - key));
-      multiply<PAIRS>(Left{w.q.data(), words, 1}, Right{packed.keys_at(a, b, kv_head, key), kLanes, packed.key_size()},
+      multiply<PAIRS>(Left{w.q.data(), words, 1}, Right{packed.keys_at(slot, key), kLanes, packed.size()},
                       w.scores.data(), kKeys, n, keys, words, false);
       const auto softened = [&](auto whole, const auto& seen) {
         return soften<PAIRS, whole>(a.scale, n, keys / kLanes, seen, w.scores.data(), w.base, w.total, w.softening);
@@ -149,23 +148,44 @@ void attend(const AttentionArgs& a, const Packed<PAIRS>& packed, int64_t b, int6
       const int64_t from = std::max<int64_t>(begin - key, 0) / (PAIRS ? 2 : 1),
                     to = words_of(PAIRS, std::min(end - key, kKeys));
       multiply<PAIRS>(Left{w.scores.data() + from, kKeys, 1},
-                      Right{packed.values_at(a, b, kv_head, key) + from * width, width, kLanes}, w.sum.data(), width, n,
-                      width, to - from, true);
+                      Right{packed.values_at(slot, key) + from * width, width, kLanes}, w.sum.data(), width, n, width,
+                      to - from, true);
     }
   }
   store_rows(a, b, h, row, n, width, w);
 }
 
+// Steps of the work in the order in which threads take them: the keys of head 0; then for each head the keys of the
+// next one, and its own tiles of rows. What a step waits for was taken before it, and is seldom not done yet.
 template <bool PAIRS>
 void attend_all(const AttentionArgs& a) {
-  const int64_t tiles = tiles_of(a.q_len, kRows), items = a.batch * a.heads * tiles;
-  const int threads = threads_for(items * kRows * a.kv_len * a.dim, 1 << 20);
-  const Packed<PAIRS> packed(a, threads);
+  const int64_t tiles = tiles_of(a.q_len, kRows), group = a.heads / a.kv_heads, heads = a.batch * a.kv_heads;
+  const int64_t rows = group * tiles, keys = tiles_of(a.kv_len, kKeys), round = rows + keys;
+  const int threads = threads_for(heads * rows * kRows * a.kv_len * a.dim, 1 << 20);
+  // One is packed and one met, and between them as many as it takes for every thread to have a tile of rows.
+  const int64_t slots = std::min(heads, 2 + tiles_of(2 * threads, rows));
+  Packed<PAIRS> packed(a, slots);
+  std::vector<std::atomic<int64_t>> keys_done(heads), rows_done(heads);
+  const auto wait = [](const std::atomic<int64_t>& done, int64_t all) {
+    while (done.load(std::memory_order_acquire) < all) std::this_thread::yield();
+  };
+  const auto pack = [&](int64_t head, int64_t tile) {
+    if (head >= slots) wait(rows_done[head - slots], rows);
+    packed.pack(head % slots, head / a.kv_heads, head % a.kv_heads, tile * kKeys);
+    keys_done[head].fetch_add(1, std::memory_order_release);
+  };
   for_each(
-      threads, items, [&] { return Workspace(packed.words, packed.width); },
-      [&](Workspace& w, int64_t item) {
+      threads, heads * round, [&] { return Workspace(packed.words, packed.width); },
+      [&](Workspace& w, int64_t step) {
+        if (step < keys) return pack(0, step);
+        const int64_t head = (step - keys) / round, next = head + 1 < heads ? keys : 0;
+        const int64_t item = step - keys - head * round - next;
+        if (item < 0) return pack(head + 1, item + next);
+        wait(keys_done[head], keys);
+        const int64_t h = head % a.kv_heads * group + item / tiles;
         // Threads take turns, so that the next tile of this one is about as many tiles away as there are threads.
-        attend(a, packed, item / tiles / a.heads, item / tiles % a.heads, item % tiles * kRows, threads, w);
+        attend(a, packed, head % slots, head / a.kv_heads, h, item % tiles * kRows, threads, w);
+        rows_done[head].fetch_add(1, std::memory_order_release);
       });
 }
 
