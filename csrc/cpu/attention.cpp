@@ -48,7 +48,7 @@ class Packed {
         words(words_of(PAIRS, a.dim)),
         a_(a),
         vectors_(padded(a.kv_len) / kLanes),
-        memory_(slots * vectors_ * size()) {
+        memory_(slots * vectors_ * (key_size() + value_size())) {
     for (int64_t b = 0; b < (a.ranges_stride ? a.batch : 1); b++) seen_.emplace_back(a, b, 0, a.q_len);
   }
 
@@ -57,6 +57,8 @@ class Packed {
     const Sight& sight = seen_[a_.ranges_stride ? b : 0];
     for (const int64_t last = std::min(first + kKeys, sight.end()); first < last; first += kLanes) {
       if (first + kLanes <= sight.begin()) continue;
+      fetch_rows(a_.k, b, h, first + kLanes, kLanes, sight.end(), a_.dim);
+      fetch_rows(a_.v, b, h, first + kLanes, kLanes, sight.end(), a_.value_dim);
       const char *k[kLanes], *v[kLanes];
       for (int64_t j = 0; j < kLanes; j++) {
         const bool some = first + j >= sight.begin() && first + j < sight.end();
@@ -67,13 +69,18 @@ class Packed {
     }
   }
 
-  // Of the vector of keys that begins at `key`; its values follow it.
-  float* keys_at(int64_t slot, int64_t key) const { return memory_.data() + (slot * vectors_ + key / kLanes) * size(); }
-  float* values_at(int64_t slot, int64_t key) const { return keys_at(slot, key) + words * kLanes; }
+  // Of the vector of keys that begins at `key`. The values of all vectors of a head follow each other.
+  float* keys_at(int64_t slot, int64_t key) const {
+    return memory_.data() + slot * vectors_ * (key_size() + value_size()) + key / kLanes * key_size();
+  }
+  float* values_at(int64_t slot, int64_t key) const {
+    return memory_.data() + vectors_ * (slot * (key_size() + value_size()) + key_size()) + key / kLanes * value_size();
+  }
 
   // Four cache lines more than there are words: where vectors of keys lie a multiple of 4096 bytes apart, those that
   // meet in a register tile have the same few places in the cache.
-  int64_t size() const { return words * kLanes + words_of(PAIRS, kLanes) * width + 64; }
+  int64_t key_size() const { return words * kLanes + 64; }
+  int64_t value_size() const { return words_of(PAIRS, kLanes) * width; }
 
  private:
   const AttentionArgs& a_;
@@ -134,7 +141,7 @@ void attend(const AttentionArgs& a, const Packed<PAIRS>& packed, int64_t slot, i
     const auto [begin, end] = spans[s];
     for (int64_t key = begin / kLanes * kLanes; key < end; key += kKeys) {
       const int64_t keys = std::min(kKeys, padded(end - key));
-      multiply<PAIRS>(Left{w.q.data(), words, 1}, Right{packed.keys_at(slot, key), kLanes, packed.size()},
+      multiply<PAIRS>(Left{w.q.data(), words, 1}, Right{packed.keys_at(slot, key), kLanes, packed.key_size()},
                       w.scores.data(), kKeys, n, keys, words, false);
       const auto softened = [&](auto whole, const auto& seen) {
         return soften<PAIRS, whole>(a.scale, n, keys / kLanes, seen, w.scores.data(), w.base, w.total, w.softening);
