@@ -32,8 +32,8 @@ def nearest_code(
     """The nearest code of every vector, as an index; no matrix of rows by codes is made.
 
     ``"exact"`` gives the argmin of the distance in float64 of the stored values, the lowest index where several are
-    equal, the same on every backend: most codes are ruled out in low precision with a bound on the error, and only those
-    that are left are computed in float64.
+    equal, the same on every backend: most codes are ruled out in low precision with a bound on the error, and only
+    those that are left are computed in float64.
 
     Args:
         z: float32, bfloat16 or float16 (float64 runs the reference), with any strides. Dimension ``dim`` holds the
@@ -56,10 +56,12 @@ def nearest_code(
         the inner product. Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range; a vector that is not finite.
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range; a vector that is not
+            finite.
         BackendUnavailable: the backend ordered with ``genfast.backend`` cannot run.
 
-    Source: van den Oord et al. 2017 (VQ-VAE, arXiv:1711.00937). The arithmetic: ``genfast/reference/vector_quantize.py``.
+    Source: van den Oord et al. 2017 (VQ-VAE, arXiv:1711.00937). The arithmetic:
+    ``genfast/reference/vector_quantize.py``.
     """
     rows, codes, dim = checked_rows(z, codebook, dim)
     for name, value, known in (
@@ -74,9 +76,9 @@ def nearest_code(
         raise ValueError(f"k must be a whole number from 1 to {most}, got {k!r}")
     call = _nearest_code_op if torch.compiler.is_compiling() else _nearest_code
     indices, distances = call(rows.detach(), codes.detach(), metric, precision == "exact", k or 1, return_distances)
-    if nonfinite == "raise" and z.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel():
-        if int(indices.min()) < 0:
-            raise ValueError("z has a vector with NaN or infinity, or codebook has fewer than k finite codes")
+    watched = nonfinite == "raise" and z.device.type == "cpu" and not torch.compiler.is_compiling()
+    if watched and indices.numel() and int(indices.min()) < 0:
+        raise ValueError("z has a vector with NaN or infinity, or codebook has fewer than k finite codes")
     shape = [n for d, n in enumerate(z.shape) if d != dim]
     shape += [codes.shape[0]] * (codebook.dim() == 3) + ([] if k is None else [k])
     indices = indices.reshape(shape)

@@ -49,7 +49,7 @@ def nearest_code(z: Tensor, codebook: Tensor, *, metric, exact, indices, distanc
         for b in range(z.shape[0]):
             for first in range(0, z.shape[1], step):
                 rows = z[b, first : first + step, g]
-                value, index = scores(rows, codes, metric).sort(1, stable=True)
+                value, index = scores(rows, codes, metric).sort(dim=1, stable=True)
                 value, index = value[:, :k], index[:, :k]
                 bad = ~rows.isfinite().all(1, keepdim=True)
                 index = index.masked_fill(bad | (value == torch.inf), -1)
