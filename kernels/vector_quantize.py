@@ -28,7 +28,7 @@ from torch import Tensor
 
 from genfast.backends import interpreting
 from genfast.kernels.attention_sizes import target_of
-from genfast.kernels.vector_quantize_configurations import GROUP, LEAST_DEPTH, SCREEN, tile_sizes
+from genfast.kernels.vector_quantize_configurations import GROUP, LEAST_BYTES, SCREEN, tile_sizes
 from genfast.reference.vector_quantize import SHORTEST
 
 FILL = 264
@@ -125,13 +125,14 @@ def _squares(x):
 @triton.jit(do_not_specialize=["first", "rows", "seq_len", "count", "blocks", "part_tiles"])
 def screen_kernel(
     z, codes, offset, inverse, slope, floor, bounds,
-    z_batch, z_row, z_group, z_dim, c_group, c_code, c_dim, first, rows, seq_len, count, blocks, part_tiles,
-    METRIC: tl.constexpr, WIDEN: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
+    z_batch, z_row, z_group, z_dim, c_group, c_code: tl.constexpr, c_dim, first, rows, seq_len, count, blocks,
+    part_tiles, METRIC: tl.constexpr, WIDEN: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows and ``part_tiles`` tiles of codes: ``bounds`` [G, rows, blocks].
 
-    Rows and codes beyond the last are read as the last; ``offset`` takes such codes out.
+    Rows and codes beyond the last are read as the last; ``offset`` takes such codes out. The stride of codes is
+    compiled in: of 8 numbers it is not known to be a multiple of 8 otherwise, and they are copied one by one.
     """
     group = tl.program_id(2).to(tl.int64)
     lane = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -146,7 +147,7 @@ def screen_kernel(
     for done in range(DEPTH, SIZE, DEPTH):
         squares += _squares(_tile(z, row_at, done + dims, z_dim, SIZE, DEPTH, WIDEN))
     # Squares below the smallest number are lost: less than 2^-62 of the norm for each.
-    norm = tl.sqrt(squares) * (1.0 + SIZE * 2.0**-23) + SIZE * 2.0**-62
+    norm = tl.sqrt(squares) * (1.0 + (SIZE + 8) * 2.0**-23) + SIZE * 2.0**-62
     norm = tl.where(norm < _LARGE, norm, float("inf"))
 
     per_tile: tl.constexpr = CODES // _GROUP
@@ -295,7 +296,7 @@ def nearest_code(
     same = z.dtype == codebook.dtype
     item_size = z.element_size() if same else 4
     rows, tile_codes, depth, warps, stages = tiles or tile_sizes(SCREEN, size, item_size, target or target_of(z.device))
-    depth = max(min(depth, triton.next_power_of_2(size)), LEAST_DEPTH)
+    depth = max(min(depth, triton.next_power_of_2(size)), LEAST_BYTES // item_size)
     blocks = triton.cdiv(count, GROUP)
 
     def new(*shape, dtype=torch.float32):

@@ -9,8 +9,8 @@ import torch
 GROUP = 64
 """Codes for which the screen keeps one number."""
 
-LEAST_DEPTH = 16
-"""Numbers of a vector that a matrix instruction takes, at least."""
+LEAST_BYTES = 32
+"""Of a vector that a matrix instruction takes, at least."""
 
 SCREEN = {
     # (padded size of a vector, bytes of a number): {target: (rows, codes, depth, warps, stages)}; "" is for all others
