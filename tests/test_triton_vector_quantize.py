@@ -1,6 +1,6 @@
 """The Triton kernels of ``nearest_code`` against the reference: on a GPU, or in Triton's interpreter.
 
-As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own. It is slow, so shapes are small there:
+As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own. It is slow, so shapes are small:
 a few blocks of codes, with a rest.
 """
 
