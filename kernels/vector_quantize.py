@@ -78,7 +78,9 @@ def code_kernel(
     exact_norm = tl.sqrt(squares)
     out = (group * blocks + block) * _GROUP + tl.arange(0, _GROUP)
     if METRIC == "l2":
-        tl.store(offset + out, tl.where(finite, (squares * -0.5).to(tl.float32), _NONE))
+        # What is larger than the half of _NONE is in a block that the screen does not judge.
+        half = tl.minimum(squares * 0.5, _NONE * -0.5).to(tl.float32)
+        tl.store(offset + out, tl.where(finite, -half, _NONE))
     else:
         tl.store(offset + out, tl.where(finite, 0.0, _NONE))
     norm = exact_norm.to(tl.float32) * 1.000001 + _TINY

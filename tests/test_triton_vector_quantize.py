@@ -33,7 +33,7 @@ CASES = [
     CodeCase(3, 150, 2, "duplicates", k=16),
     CodeCase(4, 70, 2, "nonfinite", k=5, metric="dot"),
     CodeCase(3, 9, 2, "nonfinite", k=9),
-    CodeCase(40, 300, 1),
+    CodeCase(17, 200, 1),
 ]
 
 
@@ -99,7 +99,7 @@ class TestKernels:
             assert torch.equal(ours[0], expected[0])
 
     def test_rows_in_turns_and_codes_in_parts(self, monkeypatch):
-        case = CodeCase(20, 300, 2)
+        case = CodeCase(18, 200, 2)
         whole = case.run(DEVICE)
         monkeypatch.setitem(kernels.nearest_code.__kwdefaults__, "fill", 1)
         together = case.run(DEVICE)
