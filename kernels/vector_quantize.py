@@ -71,9 +71,10 @@ def code_kernel(
     k = block.to(tl.int64) * _GROUP + tl.arange(0, _GROUP)
     at = codes + group * c_group + tl.minimum(k, count - 1) * c_code
     squares = tl.zeros((_GROUP,), tl.float64)
-    for d in range(SIZE):
-        e = tl.load(at + d * c_dim).to(tl.float64)
+    for _ in range(SIZE):
+        e = tl.load(at).to(tl.float64)
         squares += e * e
+        at += c_dim  # a product might not fit 32 bits
     finite = (squares < float("inf")) & (k < count)
     exact_norm = tl.sqrt(squares)
     out = (group * blocks + block) * _GROUP + tl.arange(0, _GROUP)
@@ -237,9 +238,11 @@ def select_kernel(
             k = here.to(tl.int64) * _GROUP + near
             at = codes + tl.minimum(k, count - 1) * c_code
             total = tl.zeros((_GROUP,), real)
-            for d in range(SIZE):
-                x = tl.load(z + d * z_dim).to(real)
-                e = tl.load(at + d * c_dim).to(real)
+            x_at = z
+            for _ in range(SIZE):
+                x, e = tl.load(x_at).to(real), tl.load(at).to(real)
+                x_at += z_dim
+                at += c_dim
                 if METRIC == "l2":
                     total += (x - e) * (x - e)
                 else:
