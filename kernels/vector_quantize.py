@@ -310,7 +310,7 @@ def nearest_code(
     offset, slope, floor = new(groups, blocks, GROUP), new(groups, blocks), new(groups, blocks)
     inverse = length = offset  # not read
     if metric == "cosine":
-        inverse, length = torch.empty_like(offset), torch.empty_like(offset, dtype=torch.float64)
+        inverse, length = new(*offset.shape), new(*offset.shape, dtype=torch.float64)
     strides = (*z.stride(), *codebook.stride())
     code_kernel[(blocks, groups)](
         codebook, *codebook.stride(), offset, inverse, length, slope, floor, count, blocks,

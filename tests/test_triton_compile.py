@@ -134,6 +134,22 @@ def test_no_number_of_rows_compiles_a_new_code_kernel():
         assert [launch.key() for launch in code_launches(rows, codes)] == expected
 
 
+@pytest.mark.parametrize("case", ("codes_8", "codes_image_256", "codes_cosine_64"))
+def test_memory_of_nearest_code_is_a_fraction_of_the_matrix(case, monkeypatch):
+    """Below 2% of rows by codes in float32."""
+    args, options = vector_quantize_configurations.arguments(case, "fp32")
+    allocated, empty = [], torch.empty
+
+    def counted(*shape, **kwargs):
+        allocated.append(empty(*shape, **kwargs))
+        return allocated[-1]
+
+    monkeypatch.setattr(torch, "empty", counted)
+    with compile_report.recorded_launches():
+        nearest_code(*args, **options)
+    assert 0 < sum(t.numel() * t.element_size() for t in allocated) < 0.02 * 4096 * 16384 * 4
+
+
 def test_more_rows_than_bounds_fit_are_done_in_turns():
     names = [launch.kernel.__name__ for launch in code_launches(1000, 16384, most_bounds=400 * 256)]
     assert names == ["code_kernel"] + ["screen_kernel", "select_kernel"] * 3
