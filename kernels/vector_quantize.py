@@ -10,7 +10,8 @@ value, less what all codes of a row share,
    keeps of 64 scores one number: a bound that r of none of these codes is below. Nothing else is stored, 1/64 of a
    matrix of rows by codes, and no two programs write to one place, so codes are split freely where rows are few.
 3. ``select_kernel`` visits a row's blocks in the order of their bounds, scores their codes in float64 in the
-   reference's order of summation, and stops at the first block whose bound is above the k-th score found.
+   reference's order of summation (``"fast"``: in float32), and stops at the first block whose bound is above the
+   k-th score found.
 
 Where numbers are too large or too small for the screen the bound is minus infinity, and every block is visited: slow,
 not wrong.
