@@ -301,7 +301,8 @@ def nearest_code(
         return
     same = z.dtype == codebook.dtype
     item_size = z.element_size() if same else 4
-    rows, tile_codes, depth, warps, stages = tiles or tile_sizes(SCREEN, size, item_size, target or target_of(z.device))
+    target = target or target_of(z.device)
+    rows, tile_codes, depth, warps, stages = tiles or tile_sizes(SCREEN, size, item_size, target)
     depth = max(min(depth, triton.next_power_of_2(size)), LEAST_BYTES // item_size)
     blocks = triton.cdiv(count, GROUP)
 
@@ -317,6 +318,8 @@ def nearest_code(
         codebook, *codebook.stride(), offset, inverse, length, slope, floor, count, blocks,
         METRIC=metric, CUT=0.0 if item_size == 2 else _TF32.value, SIZE=size, num_warps=2, **EXACT,
     )  # fmt: skip
+    # Left to itself ptxas spills a few bytes around the division of cosines.
+    registers = {"maxnreg": 64} if metric == "cosine" and target.startswith("sm_") else {}
     total = batch * seq_len
     turn = max(most_bounds // (blocks * groups), 1)
     bounds = new(groups, min(turn, total), blocks)
@@ -336,5 +339,5 @@ def nearest_code(
             first, here, seq_len, groups, count, blocks, wanted,
             METRIC=metric, WIDE=exact, DISTANCES=distances is not None, SIZE=size,
             K=triton.next_power_of_2(wanted), BLOCKS=min(triton.next_power_of_2(blocks), MOST_BLOCKS),
-            num_warps=2, **EXACT,
+            num_warps=2, **registers, **EXACT,
         )  # fmt: skip
