@@ -9,4 +9,5 @@ from genfast.ops import (  # noqa: F401
     token_sampling,
     token_transfer,
     token_transition,
+    vector_quantize,
 )
