@@ -12,7 +12,7 @@ from genfast.ops._codes import check_vectors, checked_dim, grouped
 from genfast.ops.code_update import checked_mask, code_sums, reject_nonfinite, run_on
 from genfast.ops.vector_quantize import nearest_rows
 from genfast.random import philox_words
-from genfast.reference.code_update import SHORTEST, drawn_by_weight
+from genfast.reference.code_update import SHORTEST, counter, drawn_by_weight
 
 FAMILY = "vector_quantize"
 METRICS = ("l2", "cosine")
@@ -36,8 +36,9 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Centres of K clusters: a codebook to start from.
 
-    Lloyd's iterations, each a :func:`nearest_code` and one sum of vectors per code: no matrix of vectors by centres, and
-    the same result to the bit from run to run and for any number of threads. A cluster without vectors keeps its centre.
+    Lloyd's iterations, each a :func:`nearest_code` and one sum of vectors per code: no matrix of vectors by centres,
+    and the same result to the bit from run to run and for any number of threads. A cluster without vectors keeps its
+    centre.
 
     Args:
         z: the vectors, with any dtype and strides, as in :func:`nearest_code`; a float32 copy is made.
@@ -106,16 +107,15 @@ class _Draws:
     """64-bit numbers by (seed, stream): (high, low) words."""
 
     def __init__(self, seed: int | Tensor, stream: int, device):
-        self._seed, self._stream = (torch.as_tensor(n, dtype=torch.int64, device=device) for n in (seed, stream))
+        self._seed, self._stream = counter(seed, device), counter(stream, device)
 
-    def __call__(self, block: Tensor | int, group: int) -> tuple[Tensor, Tensor]:
-        block, group = (torch.as_tensor(n, dtype=torch.int64, device=self._seed.device) for n in (block, group))
-        high, low, *_ = philox_words(self._seed, block, group, self._stream)
+    def __call__(self, blocks: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        high, low, *_ = philox_words(self._seed, blocks, counter(group, blocks.device), self._stream)
         return high, low
 
 
 def _spread(rows: Tensor, there: Tensor, count: int, g: int, draw: _Draws, group) -> Tensor:
-    """[count, D]: k-means++ of rows [N, D]. Centre j is drawn by block j, with ranks first the rank by block j + 2^32."""
+    """[count, D]: k-means++ of rows [N, D]. Block j draws centre j; with ranks, block j + 2^32 the rank."""
     distance = there.to(rows.dtype)  # the first centre: all that are there, alike
     numbers = torch.arange(count, device=rows.device)
     high, low = draw(numbers, g)

@@ -1,8 +1,8 @@
 """What ``quantize``, ``ema_update_`` and ``kmeans`` compute, in plain PyTorch: the specification.
 
-z is [B, S, G, D], codebook [G, K, D], indices int64 [B, S, G]; an index outside 0 ... K - 1 means no code, and its vector
-takes no part in losses, counts and sums. With e the chosen code, rounded to z's dtype, and M the numbers in vectors that
-have one:
+z is [B, S, G, D], codebook [G, K, D], indices int64 [B, S, G]; an index outside 0 ... K - 1 means no code, and its
+vector takes no part in losses, counts and sums. With e the chosen code, rounded to z's dtype, and M the numbers in
+vectors that have one:
 
 * both losses are sum (z - e)^2 / M; the commitment's gradient is 2 (z - e) / M to z, the codebook's 2 (e - z) / M to e;
 * ``"straight_through"`` hands the gradient g of z_q to z as it is; ``"rotation"`` hands on
@@ -16,11 +16,12 @@ The moving averages, with n and s the count and the sum of the vectors of a code
     N += (1 - decay) (n - N),  A += (1 - decay) (s - A),  T = sum N,
     codebook = A / ((N + eps) / (T + K eps) T),  for ``cosine`` divided by its length,
 
-where a code whose divisor is 0 keeps its row. After that the dead codes, N < threshold, get rows of z: K slots are drawn,
-slot j by the 64 bits U of words 0 and 1 of Philox block j + 2^32 g: rank floor(U world / 2^64), and of its vectors that
-number floor(R N / 2^64), R being the remainder of U world modulo 2^64. A slot whose vector has no code, or was drawn by
-an earlier slot, is empty. The i-th dead code takes the i-th slot that is not; what is left over stays as it is. Then
-N = reset and A = reset times the row.
+where a code whose divisor is 0 keeps its row. After that the dead codes, N < threshold, get rows of z: K slots are
+drawn, slot j by the 64 bits U of words 0 and 1 of Philox block j + 2^32 g: rank floor(U world / 2^64), and of its n
+vectors number floor(R n / 2^64), R being the remainder of U world modulo 2^64. With as many vectors on every rank, that
+is vector floor(U world n / 2^64) of the joined batch. A slot whose vector has no code, or was drawn by an earlier slot,
+is empty. The i-th dead code takes the i-th slot that is not; what is left over stays as it is. Then N = reset and
+A = reset times the row.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def flat(indices: Tensor, codes: int) -> Tensor:
 
 
 def quantize(z, codebook, indices, *, zeros, z_q, losses, valid, counts, perplexity) -> None:
-    """Fills z_q like z, losses [2] (commitment, codebook), valid int64 [] (how many indices are codes), and counts int64
-    [G, K] with perplexity [G], or None. ``zeros``: what z_q has where there is no code, 0 instead of z."""
+    """Fills z_q like z, losses [2] (commitment, codebook), valid int64 [] (how many indices are codes), and counts
+    int64 [G, K] with perplexity [G], or None. ``zeros``: what z_q has where there is no code, 0 instead of z."""
     groups, codes, size = codebook.shape
     there = chosen(indices, codes)
     rows = codebook.flatten(0, 1)[flat(indices, codes).clamp_max(groups * codes - 1)].to(z.dtype)
@@ -142,8 +143,8 @@ def ema_update(
 
 
 def code_sums(z, indices, *, cosine, sums, slots, seed, stream, offset, world, rank) -> None:
-    """sums [G, K, D + 1]: the sum of each code's vectors and their number; slots alike or None: this rank's share of the
-    vectors for dead codes, and 1, or zeros. Added over ranks, both are those of the joined batch."""
+    """sums [G, K, D + 1]: the sum of each code's vectors and their number; slots alike or None: this rank's share of
+    the vectors for dead codes, and 1, or zeros. Added over ranks, both are those of the joined batch."""
     groups, codes, _ = sums.shape
     rows = _divided(_wide(z)) if cosine else _wide(z)
     sums[..., :-1] = _segment_sums(rows, indices, codes)
@@ -164,7 +165,7 @@ def slot_positions(indices, codes, groups, seed, stream, offset, world, rank) ->
     device = indices.device
     count = indices.shape[0] * indices.shape[1]
     j = torch.arange(codes, device=device) + (torch.arange(groups, device=device) << 32)[:, None]
-    seed, stream, offset = (torch.as_tensor(n, dtype=torch.int64, device=device) for n in (seed, stream, offset))
+    seed, stream, offset = (counter(n, device) for n in (seed, stream, offset))
     high, low, *_ = philox_words(seed, j, offset, stream)
     owner, high, low = _shared_out(high, low, world)
     position = _shared_out(high, low, count)[0]
@@ -178,6 +179,11 @@ def slot_positions(indices, codes, groups, seed, stream, offset, world, rank) ->
     return position, mine & torch.empty_like(first).scatter_(1, order.indices, first)
 
 
+def counter(n: int | Tensor, device) -> Tensor:
+    """As int64 []: filled on the device, since a copy would make the host wait for a GPU."""
+    return n.reshape(()) if isinstance(n, Tensor) else torch.full((), n, dtype=torch.int64, device=device)
+
+
 def _shared_out(high: Tensor, low: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """A 64-bit number times n in 32-bit words: what is above 2^64, and the two words below."""
     (over, a), (b, low) = mul_hi_lo(high, n), mul_hi_lo(low, n)
@@ -187,6 +193,7 @@ def _shared_out(high: Tensor, low: Tensor, n: int) -> tuple[Tensor, Tensor, Tens
 def ema_apply(codebook, cluster_size, embed_avg, sums, slots, *, decay, eps, cosine, threshold, reset) -> None:
     """The update by sums and slots, as :func:`code_sums` makes them."""
     codes, size = codebook.shape[1:]
+    sums = sums.to(codebook.dtype)
     cluster_size.lerp_(sums[..., size], 1 - decay)
     embed_avg.lerp_(sums[..., :size], 1 - decay)
     total = cluster_size.sum(1, keepdim=True)
@@ -196,7 +203,7 @@ def ema_apply(codebook, cluster_size, embed_avg, sums, slots, *, decay, eps, cos
     if slots is None:
         return
     slot, revived = assigned_slots(cluster_size < threshold, slots[..., size] > 0)
-    rows = slots[..., :size].gather(1, slot[..., None].expand(-1, -1, size))
+    rows = slots[..., :size].to(codebook.dtype).gather(1, slot[..., None].expand(-1, -1, size))
     codebook.copy_(torch.where(revived[..., None], rows, codebook))
     embed_avg.copy_(torch.where(revived[..., None], rows * reset, embed_avg))
     cluster_size.masked_fill_(revived, reset)
@@ -218,8 +225,8 @@ def min_distance_update(z, centre, distance) -> None:
 
 
 def drawn_by_weight(weight: Tensor, valid: Tensor, high: Tensor, low: Tensor) -> Tensor:
-    """int64 []: a place drawn in proportion to weight [N], in whole numbers, by the 64 bits of two words; where no weight
-    is above 0, one of those that are ``valid``."""
+    """int64 []: a place drawn in proportion to weight [N], in whole numbers, by the 64 bits of two words; where no
+    weight is above 0, one of those that are ``valid``."""
     bits = min(40, 62 - math.ceil(math.log2(len(weight))))
     most = weight.max()
     whole = torch.where(most > 0, (weight.double() / most.clamp_min(1e-300) * 2**bits).long(), valid.long())
