@@ -100,9 +100,7 @@ def _code_sums(module, z, indices, *, cosine, sums, slots, seed, stream, offset,
     )  # fmt: skip
 
 
-def _ema_apply(
-    module, codebook, cluster_size, embed_avg, sums, slots, *, decay, eps, cosine, threshold, reset
-) -> None:
+def _ema_apply(module, codebook, cluster_size, embed_avg, sums, slots, *, decay, eps, cosine, threshold, reset) -> None:
     groups, codes, size = codebook.shape
     module.ema_apply(
         (0, 0, groups, size, codes), codebook.data_ptr(), cluster_size.data_ptr(), embed_avg.data_ptr(),

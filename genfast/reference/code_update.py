@@ -170,8 +170,7 @@ def slot_positions(indices, codes, groups, seed, stream, offset, world, rank) ->
     owner, high, low = _shared_out(high, low, world)
     position = _shared_out(high, low, count)[0]
     mine = owner == rank
-    if count:
-        mine = mine & chosen(indices, codes).flatten(0, 1).T.gather(1, position)
+    mine = mine & (chosen(indices, codes).flatten(0, 1).T.gather(1, position) if count else False)
     # The first slot of each position: sorted stably, those that differ from the one before.
     order = torch.where(owner == rank, position, count).sort(dim=1, stable=True)
     first = torch.ones_like(mine)
