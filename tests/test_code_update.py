@@ -50,7 +50,8 @@ def test_any_shape(rows, codes, size, groups, dtype, layout, masked, gradient, t
         for isa in PLACES:
             with backends.instruction_set(isa):
                 error, allowed = checks.check(case, "cpu")
-                assert error <= allowed, isa
+                # Of a few numbers plain PyTorch may be exact by luck: a few roundings of numbers near 1 may pass.
+                assert error <= allowed + 2e-6, isa
 
 
 # --- quantize --------------------------------------------------------------------------------------------------------
