@@ -29,7 +29,7 @@ def test_every_instruction_set(isa):
     assert failed == []
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 70),
     st.integers(1, 40),
