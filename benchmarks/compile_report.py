@@ -144,6 +144,8 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
     from genfast.kernels import (
         attention,
         attention_configurations,
+        code_update,
+        code_update_configurations,
         configurations,
         token_configurations,
         vector_quantize,
@@ -198,6 +200,10 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
         for dtype in vector_quantize_configurations.DTYPES:
             args, options = vector_quantize_configurations.arguments(name, dtype)
             yield name, dtype, functools.partial(vector_quantize.nearest_code, *args, **options, target=target)
+    for name in code_update_configurations.CASES:
+        for dtype in code_update_configurations.DTYPES:
+            op, args, options = code_update_configurations.arguments(name, dtype)
+            yield name, dtype, functools.partial(getattr(code_update, op), *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):

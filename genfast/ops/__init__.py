@@ -3,6 +3,8 @@
 from genfast.ops import (  # noqa: F401
     attention,
     attention_cached,
+    code_update,
+    kmeans,
     sampler_step,
     token_head,
     token_masking,

@@ -85,6 +85,12 @@ def nearest_code(
     return (indices, distances.reshape(shape)) if return_distances else indices
 
 
+def nearest_rows(z: Tensor, codebook: Tensor, metric: str, exact: bool) -> Tensor:
+    """int64 [B, S, G] of z [B, S, G, D] and codebook [G, K, D]; -1 where a vector is not finite."""
+    call = _nearest_code_op if torch.compiler.is_compiling() else _nearest_code
+    return call(z.detach(), codebook.detach(), metric, exact, 1, False)[0][..., 0]
+
+
 # --- torch.library ---------------------------------------------------------------------------------------------------
 
 
