@@ -13,10 +13,10 @@
 namespace genfast {
 namespace {
 
-// C[rows][columns] (+)= A[rows][depth] B[depth][columns], as `multiply`, but a row of A has its words side by side, and
-// there are 1 to kMostProductRows of them.
 constexpr int64_t kMostProductRows = 2 * kTileSide;
 
+// C[rows][columns] (+)= A[rows][depth] B[depth][columns], as `multiply`, but a row of A has its words side by side, and
+// there are 1 to kMostProductRows of them.
 template <bool PAIRS>
 class RowsProduct {
  public:
