@@ -7,8 +7,8 @@
 // the two products, and shared by all query heads and tiles of rows. Keys lie vector by vector, so that a tile of rows
 // begins with the first vector in which it sees a key, at any offset, and ends with the last; where all its rows see
 // all, there is no mask code. A tile of rows is one thread's, from the first key to the last, so that nothing depends
-// on the number of threads. With AVX512-BF16 or AMX, bfloat16 goes into the products as it is: p is then rounded to it, as
-// the peers round it.
+// on the number of threads. With AVX512-BF16 or AMX, bfloat16 goes into the products as it is: p is then rounded to it,
+// as the peers round it.
 #include "cpu/attention.h"
 
 #include <cmath>
