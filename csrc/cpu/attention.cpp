@@ -7,8 +7,8 @@
 // the two products, and shared by all query heads and tiles of rows. Keys lie vector by vector, so that a tile of rows
 // begins with the first vector in which it sees a key, at any offset, and ends with the last; where all its rows see
 // all, there is no mask code. A tile of rows is one thread's, from the first key to the last, so that nothing depends
-// on the number of threads. With AVX512-BF16, bfloat16 goes into the products as it is: p is then rounded to it, as the
-// peers round it.
+// on the number of threads. With AVX512-BF16 or AMX, bfloat16 goes into the products as it is: p is then rounded to it,
+// as the peers round it.
 #include "cpu/attention.h"
 
 #include <cmath>
@@ -18,11 +18,13 @@
 
 #include "cpu/attention_cached.h"
 #include "cpu/attention_softmax.h"
-#include "cpu/small_gemm.h"
+#include "cpu/tile_product.h"
 #include "cpu/words.h"
 
 namespace genfast {
 namespace {
+
+static_assert(kRows <= kMostProductRows, "a tile of rows is multiplied at once");
 
 alignas(64) const char kZeros[256 * sizeof(float)] = {};  // a row
 
@@ -137,12 +139,13 @@ void attend(const AttentionArgs& a, const Packed<PAIRS>& packed, int64_t slot, i
   const Sight sight(a, b, row, n);
   Span spans[2];
   const int count = sight.spans(spans);
+  RowsProduct<PAIRS> product(n);
   for (int s = 0; s < count; s++) {
     const auto [begin, end] = spans[s];
     for (int64_t key = begin / kLanes * kLanes; key < end; key += kKeys) {
       const int64_t keys = std::min(kKeys, padded(end - key));
-      multiply<PAIRS>(Left{w.q.data(), words, 1}, Right{packed.keys_at(slot, key), kLanes, packed.key_size()},
-                      w.scores.data(), kKeys, n, keys, words, false);
+      product(Left{w.q.data(), words, 1}, Right{packed.keys_at(slot, key), kLanes, packed.key_size()}, w.scores.data(),
+              kKeys, keys, words, false);
       const auto softened = [&](auto whole, const auto& seen) {
         return soften<PAIRS, whole>(a.scale, n, keys / kLanes, seen, w.scores.data(), w.base, w.total, w.softening);
       };
@@ -154,9 +157,8 @@ void attend(const AttentionArgs& a, const Packed<PAIRS>& packed, int64_t slot, i
       // From the first key to the last that a row sees: the values of others may be anything.
       const int64_t from = std::max<int64_t>(begin - key, 0) / (PAIRS ? 2 : 1),
                     to = words_of(PAIRS, std::min(end - key, kKeys));
-      multiply<PAIRS>(Left{w.scores.data() + from, kKeys, 1},
-                      Right{packed.values_at(slot, key) + from * width, width, kLanes}, w.sum.data(), width, n, width,
-                      to - from, true);
+      product(Left{w.scores.data() + from, kKeys, 1}, Right{packed.values_at(slot, key) + from * width, width, kLanes},
+              w.sum.data(), width, width, to - from, true);
     }
   }
   store_rows(a, b, h, row, n, width, w);

@@ -13,6 +13,7 @@
 
 #include "cpu/dtype.h"
 #include "cpu/simd.h"
+#include "cpu/tile_unit.h"
 #include "cpu/transpose.h"
 
 namespace genfast {
@@ -128,16 +129,7 @@ inline void multiply(const float* const* weight, const Ahead& ahead, const float
 #if defined(__AMX_BF16__)
 // 32 rows of weight and up to two vectors of hidden rows on the tile unit. A tile of the weight is 16 rows by 16 words
 // as they lie; a tile of the packed rows is 16 words by a vector: just what the instruction multiplies.
-constexpr int kTileIds = 32, kTileWords = 16;
-
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Some compilers do not know that a tile instruction reads memory.
-inline void written_before_tiles(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+constexpr int kTileIds = 2 * kTileSide;
 
 inline void add_tile(const float (&tile)[16][kLanes], float* out, bool fresh) {
   for (int v = 0; v < 16; v++) {
@@ -146,7 +138,7 @@ inline void add_tile(const float (&tile)[16][kLanes], float* out, bool fresh) {
   }
 }
 
-// `words` is a multiple of kTileWords. `next` is where the rows to ask for begin, a line of each at turn `turn` of
+// `words` is a multiple of kTileSide. `next` is where the rows to ask for begin, a line of each at turn `turn` of
 // `of`.
 template <int VECTORS>
 inline void multiply_tiles(const char* weight, int64_t row_bytes, const char* next, int turn, int of,
@@ -154,25 +146,13 @@ inline void multiply_tiles(const char* weight, int64_t row_bytes, const char* ne
   alignas(64) float tile[16][kLanes];
   written_before_tiles(packed);
   for (int64_t begin = 0; begin < words; begin += kChain, fresh = false) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = begin; k < std::min<int64_t>(words, begin + kChain); k += kTileWords) {
+    zero_sums();
+    for (int64_t k = begin; k < std::min<int64_t>(words, begin + kChain); k += kTileSide) {
       if (turn-- == 0) {
         turn += of;
         for (int v = 0; v < kTileIds; v++) __builtin_prefetch(next + v * row_bytes + k * 4, 0, 2);
       }
-      _tile_loadd(4, weight + k * 4, row_bytes);
-      _tile_loadd(5, weight + k * 4 + 16 * row_bytes, row_bytes);
-      _tile_loadd(6, packed + k * VECTORS * kLanes, VECTORS * 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 5, 6);
-      if constexpr (VECTORS == 2) {
-        _tile_loadd(7, packed + (k * VECTORS + 1) * kLanes, VECTORS * 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+      add_tiles<2, VECTORS>(weight + k * 4, row_bytes, packed + k * VECTORS * kLanes, VECTORS * 64, 64);
     }
     _tile_stored(0, tile, 64);
     add_tile(tile, out, fresh);
@@ -187,21 +167,6 @@ inline void multiply_tiles(const char* weight, int64_t row_bytes, const char* ne
   }
 }
 #endif
-
-// Held by a thread while it multiplies.
-struct TileUnit {
-#if defined(__AMX_BF16__)
-  TileUnit() {
-    const TileShapes shapes;
-    written_before_tiles(&shapes);
-    _tile_loadconfig(&shapes);
-  }
-  ~TileUnit() { _tile_release(); }
-#else
-  TileUnit() {}
-#endif
-  TileUnit(const TileUnit&) = delete;
-};
 
 constexpr int64_t kRowBlock = 128;  // rows for which a tile of weights is read once
 constexpr int64_t kChunk =
@@ -245,7 +210,7 @@ void product(const char* const* rows, int64_t count, const char* weight, int64_t
         const int64_t end = std::min(ids, chunk + kChunk);
 #if defined(__AMX_BF16__)
         if constexpr (PAIRS)
-          for (; direct && words % kTileWords == 0 && first + kTileIds <= end; first += kTileIds) {
+          for (; direct && words % kTileSide == 0 && first + kTileIds <= end; first += kTileIds) {
             const char* next = first + kChunk < ids ? weight + k * entry : after;
             const auto run = vectors_of(g) == 1 ? multiply_tiles<1> : multiply_tiles<2>;
             run(weight + first * row_bytes + k * entry, row_bytes, next + (first + kChunk) * row_bytes, g, groups,
