@@ -83,6 +83,7 @@ void find_centre(const Problem& p, float* centre) {
     for (int64_t d = 0; d < size; d++) sum[d] += code[d] * shrink;
     used++;
   }
+  std::fill(centre, centre + padded(size), 0.0f);
   for (int64_t d = 0; d < size; d++) centre[d] = used ? (float)(sum[d] / used) : 0.0f;
 }
 
@@ -325,27 +326,31 @@ void run_group(const Problem& p) {
   const int64_t bytes = Packed::block_floats(a.size) * 4;
   const int64_t share = (int64_t)(kShareOfScores * 4 * (double)rows * (double)a.count);
   const int64_t allowed = std::max(std::min(kMostBytes, share), rows < kSomeRows ? kBytesOfSome : 0);
-  const int64_t most_blocks = std::max<int64_t>(allowed / bytes, 8);
+  const int64_t most_blocks = a.packed ? all_blocks : std::max<int64_t>(allowed / bytes, 8);
   const int64_t passes = few ? 1 : tiles_of(all_blocks, most_blocks), pass_blocks = tiles_of(all_blocks, passes);
   const int64_t wanted = threads > 1 && chunks < 2 * threads ? tiles_of(2 * threads, chunks) : 1;
   const int64_t part_blocks = tiles_of(pass_blocks, wanted), parts = tiles_of(pass_blocks, part_blocks);
   const int64_t span = tiles_of(part_blocks, kMostGroups), groups = tiles_of(part_blocks, span);
 
-  std::vector<float> centre(padded(a.size));
-  find_centre(p, centre.data());
-  const Floats memory(few ? 1 : pass_blocks * Packed::block_floats(a.size));
-  const Packed packed{words_of(a.size), memory.data()};
+  // The centre comes first in what was packed beforehand.
+  const int64_t width = padded(a.size);
+  const Floats memory(few || a.packed ? width : width + pass_blocks * Packed::block_floats(a.size));
+  float* const centre = memory.data();
+  if (a.packed)
+    std::copy(a.packed, a.packed + width, centre);
+  else if (!few)
+    find_centre(p, centre);
+  const Packed packed{words_of(a.size), a.packed ? const_cast<float*>(a.packed) + width : centre + width};
   std::vector<int64_t> found(parts > 1 ? parts * rows * k : 0);
   const auto make = [&] { return Space(p, few ? 1 : groups); };
 
   for (int64_t pass = 0; pass < passes; pass++) {
     const int64_t begin = pass * pass_blocks, blocks = std::min(pass_blocks, all_blocks - begin);
-    if (!few)
+    if (!few && !a.packed)
       for_each(
           threads, blocks, [&] { return PackSpace(a.size); },
           [&](PackSpace& space, int64_t b) {
-            pack_block(p.codes, a.metric, k == 1, centre.data(), (begin + b) * kBlock, packed.words, packed.block(b),
-                       space);
+            pack_block(p.codes, a.metric, k == 1, centre, (begin + b) * kBlock, packed.words, packed.block(b), space);
           });
     for_each(threads, chunks * parts, make, [&](Space& w, int64_t item) {
       const int64_t first = item / parts * kRowChunk, n = std::min(kRowChunk, rows - first), part = item % parts;
@@ -353,7 +358,7 @@ void run_group(const Problem& p) {
       const bool last = parts == 1 && pass + 1 == passes;
       begin_rows(p, first, n, w);
       if (!few && from < to) {
-        shift_rows(p, n, centre.data(), w);
+        shift_rows(p, n, centre, w);
         screen(w.rows, n, Packed{packed.words, packed.block(from)}, to - from, span, w.least.data(),
                tiles_of(to - from, span) * kLanes);
       }
@@ -391,6 +396,21 @@ void run_group(const Problem& p) {
 }
 
 }  // namespace
+
+int64_t packed_floats(int64_t count, int64_t size) {
+  return padded(size) + tiles_of(count, kBlock) * Packed::block_floats(size);
+}
+
+void pack_codes(const NearestArgs& a, float* to) {
+  const Problem p{a, 0, 0, Codes{a.codes, a.codes_dtype, a.code_stride, a.count, a.size}};
+  find_centre(p, to);
+  const Packed packed{words_of(a.size), to + padded(a.size)};
+  for_each(
+      threads_for(a.count * a.size, 1 << 16), tiles_of(a.count, kBlock), [&] { return PackSpace(a.size); },
+      [&](PackSpace& space, int64_t b) {
+        pack_block(p.codes, a.metric, false, to, b * kBlock, packed.words, packed.block(b), space);
+      });
+}
 
 void nearest_code(const NearestArgs& a) {
   const int64_t rows = a.batch * a.length;
