@@ -18,8 +18,14 @@ struct NearestArgs {
   bool exact = true;
   int64_t* indices = nullptr;  // [batch, length, groups, k]
   float* distances = nullptr;  // alike, or null
+  // What `pack_codes` made of the same codes (of one group) for the same metric, or null: packed for this call.
+  const float* packed = nullptr;
 };
 
 void nearest_code(const NearestArgs& a);
+
+// Floats of a packed codebook, and the codebook of `a` (one group) packed.
+int64_t packed_floats(int64_t count, int64_t size);
+void pack_codes(const NearestArgs& a, float* packed);
 
 }  // namespace genfast

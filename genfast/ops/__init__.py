@@ -5,6 +5,7 @@ from genfast.ops import (  # noqa: F401
     attention_cached,
     code_update,
     kmeans,
+    nearest_code_index,
     sampler_step,
     token_head,
     token_masking,
