@@ -152,4 +152,5 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_attention(module);
   register_attention_cached(module);
   register_token_head(module);
+  register_scalar_quantize(module);
 }

@@ -4,6 +4,7 @@ from genfast.ops import (  # noqa: F401
     attention,
     attention_cached,
     sampler_step,
+    scalar_quantize,
     token_head,
     token_masking,
     token_sampling,
