@@ -354,9 +354,7 @@ def _run(op: str, z: Tensor):
     return choose(FAMILY, op, z.device)
 
 
-def _fsq(
-    z: Tensor, noise: Tensor | None, levels: Sequence[int], symmetric: bool, clamp: bool
-) -> tuple[Tensor, Tensor]:
+def _fsq(z: Tensor, noise: Tensor | None, levels: Sequence[int], symmetric: bool, clamp: bool) -> tuple[Tensor, Tensor]:
     codes, indices = _fsq_fake(z, noise, levels, symmetric, clamp)
     name, function = _run("fsq_quantize", z)
     with profiling.op_range(FAMILY, f"fsq_quantize[{name}]", *z.shape):

@@ -144,8 +144,8 @@ def bit_codes(indices: Tensor, bits: int, magnitude: float, dtype: torch.dtype) 
 
 
 def entropy(p: Tensor, least: float) -> Tensor:
-    """- sum p log max(p, least) over the last dimension."""
-    return -(torch.xlogy(p, p) if least == 0 else p * p.clamp_min(least).log()).sum(-1)
+    """- sum p log max(p, least) over the last dimension; its gradient is finite where p is 0."""
+    return -(p * p.clamp_min(max(least, torch.finfo(p.dtype).tiny)).log()).sum(-1)
 
 
 def _unit(z: Tensor, radius: float | None) -> Tensor:

@@ -36,14 +36,15 @@ class FSQ(peer.FSQ):
             return super().forward(z)
         x = self.project_in(channel_last(z, move))
         wide = x.dtype == torch.float32
-        if not wide and (x.dtype not in FUSED_DTYPES or x.dtype in self.allowed_dtypes or not self.force_quantization_f32):
+        widened = x.dtype in FUSED_DTYPES and x.dtype not in self.allowed_dtypes and self.force_quantization_f32
+        if not wide and not widened:
             return super().forward(z)
         split = (self.num_codebooks, self.codebook_dim)
         if self.orthogonal_rotation:
             x = (x.unflatten(-1, split) @ self.orthogonal_rot).flatten(2)
         codes, indices = fsq_quantize(
             x, self._counts, groups=self.num_codebooks, symmetric=self.preserve_symmetry, clamp=self.bound_hard_clamp,
-            noise=self._noise(x, split) if self.training and self.noise_dropout > 0 else None,
+            noise=self._noise(x, split, move) if self.training and self.noise_dropout > 0 else None,
         )  # fmt: skip
         if self.orthogonal_rotation:
             codes = (codes.unflatten(-1, split) @ self.orthogonal_rot.t()).flatten(2)
@@ -55,8 +56,9 @@ class FSQ(peer.FSQ):
             indices = indices.unflatten(1, z.shape[2:])
         return out, indices if self.keep_num_codebooks_dim else indices.squeeze(-1)
 
-    def _noise(self, x: Tensor, split: tuple[int, int]) -> Tensor:
-        """The peer's draws for x [B, N, C D]."""
-        like = torch.empty_like(x.unflatten(-1, split), dtype=torch.float32)
+    def _noise(self, x: Tensor, split: tuple[int, int], move: bool) -> Tensor:
+        """The peer's draws for x [B, N, C D], whose order is that of memory; the peer copies what it moves."""
+        kept = torch.contiguous_format if move else torch.preserve_format
+        like = torch.empty_like(x.unflatten(-1, split), dtype=torch.float32, memory_format=kept)
         chosen = torch.full_like(like, self.noise_dropout).bernoulli_().bool()
         return torch.where(chosen, torch.rand_like(like) - 0.5, 0.0).flatten(2)

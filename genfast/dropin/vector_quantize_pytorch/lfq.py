@@ -44,7 +44,7 @@ class LFQ(peer.LFQ):
             codes, indices, losses = quantize(
                 rows, return_losses=True, inv_temperature=inv_temperature, least_probability=LEAST, mask=mask, **options
             )
-            breakdown, aux_loss = self._losses(losses)
+            breakdown, aux_loss = self._losses(losses, mask)
         else:
             codes, indices = quantize(rows.detach(), **options)
             breakdown, aux_loss = (self.zero,) * 3, self.zero * self.entropy_loss_weight
@@ -60,12 +60,16 @@ class LFQ(peer.LFQ):
     def _fused(self, inv_temperature, mask) -> bool:
         plain = type(self.activation) is nn.Identity and self.frac_per_sample_entropy == 1.0
         fits = self.codebook_dim <= MOST_BLOCK_BITS and inv_temperature > 0 and self.codebook_scale > 0
-        return plain and fits and (mask is None or (mask.dtype == torch.bool and mask.ndim == 2))
+        masked = mask is not None and (mask.dtype != torch.bool or mask.ndim != 2 or peer.is_distributed())
+        return plain and fits and not masked
 
-    def _losses(self, losses: BinaryLosses) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    def _losses(self, losses: BinaryLosses, mask) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """((per-sample entropy, codebook entropy, commitment), their weighted sum), over all processes as the peer."""
         batch = losses.batch_entropy
-        if peer.is_distributed():
+        if mask is not None:
+            # The peer then averages over no rows: each row's probabilities are taken for a codebook's.
+            batch = losses.per_sample_entropy
+        elif peer.is_distributed():
             batch = peer.entropy(peer.maybe_distributed_mean(losses.mean_probability[:, 0])).mean()
         entropy = losses.per_sample_entropy - self.diversity_gamma * batch
         if self.experimental_softplus_entropy_loss:
