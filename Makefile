@@ -11,7 +11,8 @@ TRITON := "triton==3.9.0; python_version >= '3.11'" "triton==3.8.0; python_versi
 K_DIFFUSION := k-diffusion==0.1.1.post1
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 KERNEL_TESTS := $(addprefix $(CURDIR)/tests/test_,sampler_step.py random.py token_sampling.py token_transfer.py \
-	token_head.py token_transition.py token_masking.py)
+	token_head.py token_transition.py token_masking.py \
+	attention.py attention_cached.py attention_mask.py)
 
 .PHONY: demo test bench lint build wheel sanitize test-torch-compat clean
 

@@ -24,11 +24,46 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def plans(settings: Settings) -> list[Plan]:
     """The cases of this part of the family, for the settings' device."""
     queries, keys = (8, 256) if settings.quick else (QUERIES, KEYS)
-    wanted = [("bf16", None), ("fp32", None), ("bf16", 64)]
-    return [
-        Plan(f"cached {dtype}", functools.partial(cached_case, settings.device, queries, keys, dtype, page_size))
-        for dtype, page_size in wanted
+    wanted = [("bf16", queries, None), ("fp32", queries, None), ("bf16", queries, 64)]
+    if not settings.quick:
+        wanted += [(dtype, n, None) for n in (1, 8) for dtype in DTYPES]
+    found = [
+        Plan(f"cached {dtype} {n}", functools.partial(cached_case, settings.device, n, keys, dtype, page_size))
+        for dtype, n, page_size in wanted
     ]
+    return [*found, Plan("append bf16", functools.partial(append_case, settings.device, queries, keys, "bf16"))]
+
+
+def append_case(device, n: int, length: int, dtype: str) -> Case:
+    """One block behind ``length`` keys, and cropped again; the peer assigns to slices. The floor is read and write."""
+    k, v = (pool((1, KV_HEADS, n, SIZE), DTYPES[dtype], device, seed=seed) for seed in (1, 2))
+    cache = genfast.KVCache(1, KV_HEADS, length + n, SIZE, dtype=DTYPES[dtype], device=device)
+    cache.append(*(torch.ones(1, KV_HEADS, length, SIZE, dtype=DTYPES[dtype], device=device) for _ in range(2)))
+    keys, values = (torch.zeros_like(t) for t in (cache.key_store, cache.value_store))
+
+    def append(i):
+        cache.crop(length)
+        cache.append(k[i], v[i])
+        return cache.key_store[:, :, length:]
+
+    def assigned(i):
+        keys[:, :, length:], values[:, :, length:] = k[i], v[i]
+        return keys[:, :, length:]
+
+    backend = backends.choose("attention", "cache_write", device)[0]
+    return Case(
+        "append",
+        (1, KV_HEADS, n, length, SIZE),
+        dtype,
+        run=append,
+        exact=lambda: k[0].double(),
+        copy_dtype=DTYPES[dtype],
+        copy_shape=(KV_HEADS, n, SIZE),
+        peers=[Peer("assignment to slices", torch.__version__, assigned)],
+        bytes=4 * KV_HEADS * n * SIZE * k[0].element_size(),
+        output_bytes=0,
+        backend=f"{backend} {backends.cpu_isa()}" if device.type == "cpu" else backend,
+    )
 
 
 def cached_case(device, queries: int, length: int, dtype: str, page_size: int | None) -> Case:

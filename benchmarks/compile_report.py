@@ -142,7 +142,7 @@ def triton_launches(cases=None, dtypes=None, target: str = "sm_90") -> dict[str,
 def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(name, dtypes, call) of every configuration of every family, as the target runs it."""
     from genfast.kernels import attention, attention_configurations, configurations, token_configurations
-    from genfast.kernels.attention_cached import attention_cached
+    from genfast.kernels.attention_cached import attention_cached, cache_write
     from genfast.kernels.sampler_step import sampler_step
     from genfast.kernels.token_head import lm_head_partials, merge_head_partials
     from genfast.kernels.token_masking import forward_mask
@@ -183,6 +183,10 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
         for dtype in attention_configurations.DTYPES:
             args, options = attention_configurations.cached_arguments(name, dtype)
             yield name, dtype, functools.partial(attention_cached, *args, **options, target=target)
+    for name in attention_configurations.WRITES:
+        for dtype in attention_configurations.DTYPES:
+            args, options = attention_configurations.write_arguments(name, dtype)
+            yield f"write_{name}", dtype, functools.partial(cache_write, *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):

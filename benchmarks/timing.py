@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+import genfast
+
 SHORTEST_SAMPLE = 200e-6
 """Seconds: shorter calls are timed several at once, so that the clock's own cost is below a permille."""
 
@@ -97,7 +99,8 @@ def paired_ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float,
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most memory that torch's allocator had handed out during ``call``, beyond what there was before.
+    """The most memory that torch's allocator had handed out during ``call``, beyond what there was before, and what
+    the call took from the pool of genfast's CPU kernels, up to what that keeps.
 
     What the call returns is counted, what it was given is not.
     """
@@ -109,12 +112,14 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
+    genfast.release_memory()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
+    pooled = genfast.release_memory()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = np.cumsum([0] + [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return int(held.max())
+    return int(held.max()) + pooled
 
 
 def kernel_launches(call: Callable[[], object]) -> int:

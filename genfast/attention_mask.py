@@ -13,10 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genfast import attention_ranges
 from genfast._registry import export
-
-_NONE = 2**31 - 1
-"""Both ends of an interval that is empty, while intervals are being sorted."""
 
 
 @export("attention")
@@ -43,8 +41,8 @@ class AttentionMask:
         """Every query sees every key."""
         kv_len = q_len if kv_len is None else kv_len
         _check_lengths(q_len=q_len, kv_len=kv_len)
-        ends = torch.full((1, q_len), kv_len, device=device)
-        return cls(_joined([(torch.zeros_like(ends), ends)], kv_len), kv_len, "full")
+        ends = torch.full((1, q_len), kv_len, dtype=torch.int32, device=device)
+        return cls(attention_ranges.from_the_first_key(ends), kv_len, "full")
 
     @classmethod
     def padding(
@@ -61,8 +59,8 @@ class AttentionMask:
         begin = torch.zeros_like(lengths) if start is None else _whole("start", start, 1)
         if begin.shape != lengths.shape:
             raise ValueError(f"start is {list(begin.shape)}, lengths {list(lengths.shape)}; expected the same [B]")
-        shape = (len(lengths), q_len)
-        return cls(_joined([(begin[:, None].expand(shape), lengths[:, None].expand(shape))], kv_len), kv_len, "padding")
+        found = attention_ranges.one_each(begin, lengths, kv_len)
+        return cls(found[:, None].expand(-1, q_len, -1).contiguous(), kv_len, "padding")
 
     @classmethod
     def varlen(cls, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> AttentionMask:
@@ -77,8 +75,9 @@ class AttentionMask:
         for name, cu in (("cu_seqlens", cu_q), ("cu_seqlens_k", cu_k)):
             if len(cu) < 1 or int(cu[0]) != 0 or bool((cu.diff() < 0).any()) or len(cu) != len(cu_q):
                 raise ValueError(f"{name} must rise from 0, with one entry more than there are documents")
-        own = _documents(cu_q)
-        return cls(_joined([(cu_k[own][None], cu_k[own + 1][None])], int(cu_k[-1])), int(cu_k[-1]), "varlen")
+        q_len, kv_len = int(cu_q[-1]), int(cu_k[-1])
+        found = attention_ranges.one_each(cu_k[:-1], cu_k[1:], kv_len)
+        return cls(found.repeat_interleave(cu_q.diff(), 0, output_size=q_len)[None], kv_len, "varlen")
 
     @classmethod
     def causal(cls, q_len: int, kv_len: int | None = None, *, q_offset: int | Tensor = 0, device=None) -> AttentionMask:
@@ -98,10 +97,11 @@ class AttentionMask:
         kv_len = q_len if kv_len is None else kv_len
         _check_lengths(q_len=q_len, kv_len=kv_len)
         _check_block(block)
-        at = torch.arange(q_len, device=q_offset.device if isinstance(q_offset, Tensor) else device)
-        at = at + (_whole("q_offset", q_offset, 1)[:, None] if isinstance(q_offset, Tensor) else q_offset)
-        ends = ((torch.div(at, block, rounding_mode="floor") + 1) * block).reshape(-1, q_len)
-        return cls(_joined([(torch.zeros_like(ends), ends)], kv_len), kv_len, f"block causal, blocks of {block}")
+        at = attention_ranges.positions(q_len, kv_len, _offset(q_offset), device)
+        # A block as long as the keys does what a longer one does.
+        size = max(min(block, kv_len), 1)
+        end = (at - at.remainder(size)).clamp_max_(kv_len - size).add_(size)
+        return cls(attention_ranges.from_the_first_key(end), kv_len, f"block causal, blocks of {block}")
 
     @classmethod
     def block_diffusion(
@@ -119,36 +119,26 @@ class AttentionMask:
         _check_block(block)
         lengths = torch.as_tensor(length, device=device)
         lengths = _whole("length", lengths.reshape(-1), 1)
-        if bool((lengths < 0).any()):
-            raise ValueError(f"length must not be negative, got {lengths.tolist()}")
-        cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        total = int(cu[-1])
-        own = _documents(cu)
-        begin, end = cu[own], cu[own + 1]
-        block_begin = (
-            begin + torch.div(torch.arange(total, device=cu.device) - begin, block, rounding_mode="floor") * block
-        )
-        block_end = torch.minimum(block_begin + block, end)
-        # Where a document's x_t and x_0 begin in the row, less where it begins among the documents.
-        noised, clean = (begin, end) if interleaved else (torch.zeros_like(begin), torch.full_like(begin, total))
-        rows_t = [(block_begin + noised, block_end + noised), (begin + clean, block_begin + clean)]
-        rows_0 = [(begin + clean, block_end + clean), (torch.zeros_like(begin),) * 2]
-        places = torch.arange(total, device=cu.device)
-        order = torch.cat([places + noised, places + clean]).argsort()
-        ranges = [
-            tuple(torch.cat([a, b])[order][None] for a, b in zip(of_t, of_0)) for of_t, of_0 in zip(rows_t, rows_0)
-        ]
+        counts = lengths.tolist()
+        if min(counts, default=0) < 0:
+            raise ValueError(f"length must not be negative, got {counts}")
+        total = 2 * sum(counts)
+        if total >= 2**31 - 1:
+            raise ValueError(f"length: a row of {total} tokens is longer than {2**31 - 2}")
+        found = attention_ranges.block_diffusion(lengths, counts, block, interleaved)
         several = f"{len(lengths)} documents{' interleaved' if interleaved else ''}, " if len(lengths) > 1 else ""
-        return cls(_joined(ranges, 2 * total), 2 * total, f"block diffusion, {several}blocks of {block}")
+        return cls(found, total, f"block diffusion, {several}blocks of {block}")
 
     @classmethod
     def prefix(cls, prefix: int | Tensor, q_len: int, *, device=None) -> AttentionMask:
         """The first ``prefix`` positions (int or int [B]) see one another and are seen by all; the rest is causal."""
         _check_lengths(q_len=q_len)
         if isinstance(prefix, Tensor):
-            prefix, device = _whole("prefix", prefix, 1)[:, None], prefix.device
-        ends = (torch.arange(q_len, device=device)[None] + 1).clamp_min(prefix)
-        return cls(_joined([(torch.zeros_like(ends), ends)], q_len), q_len, "prefix")
+            prefix, device = _whole("prefix", prefix, 1)[:, None].clamp(0, q_len).to(torch.int32), prefix.device
+        else:
+            prefix = min(max(prefix, 0), q_len)
+        end = torch.arange(1, q_len + 1, dtype=torch.int32, device=device)[None].clamp_min(prefix)
+        return cls(attention_ranges.from_the_first_key(end), q_len, "prefix")
 
     @classmethod
     def sliding_window(
@@ -159,10 +149,9 @@ class AttentionMask:
         _check_lengths(q_len=q_len, kv_len=kv_len)
         if left < 0 or right < 0:
             raise ValueError(f"left and right must not be negative, got {left} and {right}")
-        at = torch.arange(q_len, device=device)[None] + q_offset
-        return cls(
-            _joined([(at - left, at + right + 1)], kv_len), kv_len, f"sliding window, {left} before, {right} after"
-        )
+        begin, end = (attention_ranges.positions(q_len, kv_len, q_offset + k, device) for k in (-left, right + 1))
+        found = attention_ranges.one_each(begin, end, kv_len)
+        return cls(found, kv_len, f"sliding window, {left} before, {right} after")
 
     @classmethod
     def intervals(
@@ -180,7 +169,9 @@ class AttentionMask:
                     raise ValueError(f"{name} is {list(t.shape)}; expected [Lq] or [B, Lq], all the same")
         shape = shape if len(shape) == 2 else (1, *shape)
         given = [tuple(t.long().reshape(shape) for t in pair) for pair in given]
-        return cls(_joined(given, kv_len), kv_len, "intervals")
+        if begin2 is None:
+            return cls(attention_ranges.one_each(*given[0], kv_len), kv_len, "intervals")
+        return cls(attention_ranges.joined(given, kv_len), kv_len, "intervals")
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> AttentionMask:
@@ -359,13 +350,13 @@ class AttentionMask:
         batch = max(self.batch, other.batch)
         found = []
         for mask in (self, other):
-            r = mask.ranges.long().expand(batch, -1, -1)
-            found.append([(r[..., 0], r[..., 1]), (r[..., 2], r[..., 3])])
+            begin, end, begin2, end2 = mask.ranges.expand(batch, -1, -1).unbind(-1)
+            found.append([(begin, end), (begin2, end2)])
         return found
 
     def _combined(self, pairs, other, word: str) -> AttentionMask:
         description = f"({self.description}) {word} ({other.description})"
-        return AttentionMask(_joined(pairs, self.kv_len), self.kv_len, description)
+        return AttentionMask(attention_ranges.joined(pairs, self.kv_len), self.kv_len, description)
 
 
 _EVERY_PAIR = ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None))
@@ -390,31 +381,8 @@ def _whole(name: str, t, dims: int | None) -> Tensor:
     return t.long()
 
 
-def _documents(cu: Tensor) -> Tensor:
-    """Of each position the number of its document."""
-    return torch.repeat_interleave(torch.arange(len(cu) - 1, device=cu.device), cu.diff())
-
-
-def _joined(pairs, kv_len: int) -> Tensor:
-    """``ranges`` of a list of (begin, end), each int [B, Lq]: clipped, in order, neighbours made one."""
-    begin, end = (torch.stack([pair[k] for pair in pairs], -1).clamp(0, kv_len) for k in (0, 1))
-    empty = begin >= end
-    begin, end = (t.masked_fill(empty, _NONE) for t in (begin, end))
-    if len(pairs) > 1:
-        begin, order = begin.sort(-1)
-        end = end.gather(-1, order).cummax(-1).values
-        apart = torch.nn.functional.pad(begin[..., 1:] > end[..., :-1], (1, 0))
-        slot = apart.cumsum(-1)
-        begin = torch.full_like(begin, _NONE).scatter_reduce(-1, slot, begin, "amin")
-        end = torch.zeros_like(end).scatter_reduce(-1, slot, end, "amax")
-        if len(pairs) > 2 and bool((begin[..., 2:] != _NONE).any()):
-            raise ValueError("a row would have more than two intervals; an AttentionMask has at most two")
-        begin, end = begin[..., :2], end[..., :2]
-    else:
-        begin, end = (torch.nn.functional.pad(t, (0, 1), value=_NONE) for t in (begin, end))
-    empty = begin == _NONE
-    begin, end = (t.masked_fill(empty, 0) for t in (begin, end))
-    return torch.stack([begin, end], -1).flatten(-2).to(torch.int32).contiguous()
+def _offset(q_offset: int | Tensor) -> int | Tensor:
+    return _whole("q_offset", q_offset, 1) if isinstance(q_offset, Tensor) else q_offset
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from genfast._registry import export
+from genfast.cache_write import cache_write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST_HEAD = 256
@@ -213,31 +214,17 @@ class KVCache:
 
     # --- work ---
 
-    def _append(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+    def _append(self, k: Tensor, v: Tensor, lengths: Tensor, rope=None) -> None:
         if self._checks() and (lengths > self.capacity).any():
             raise ValueError(f"the rows would have {lengths.tolist()} positions; the capacity is {self.capacity}")
         lengths = lengths.clamp(max=self.capacity)
         if self.page_size is not None:
             lengths = self._take_pages(lengths, k.shape[2])
-        self._write(k, v, self.lengths, lengths)
+        cache_write(k, v, *self._memory, self.table, self.lengths, lengths, rope)
         self.lengths.copy_(lengths)
 
-    def _rewrite(self, k: Tensor, v: Tensor, start: Tensor) -> None:
-        self._write(k, v, start, self.lengths)
-
-    def _write(self, k: Tensor, v: Tensor, first: Tensor, end: Tensor) -> None:
-        """Positions first[b] + i of each row, as far as they are in [0, end[b])."""
-        at = first[:, None] + torch.arange(k.shape[2], device=self.device)
-        inside = (at >= 0) & (at < end[:, None])
-        if self.page_size is None:
-            pages = torch.arange(self.batch, device=self.device)[:, None]
-            at = at.where(inside, self.capacity)
-        else:
-            column = torch.div(at, self.page_size, rounding_mode="floor").clamp(0, self._columns - 1)
-            pages = self.table.gather(1, column).long().where(inside, self.pages)
-            at = at.remainder(self.page_size)
-        for memory, t in zip(self._memory, (k, v)):
-            memory[pages, :, at] = t.detach().transpose(1, 2)
+    def _rewrite(self, k: Tensor, v: Tensor, start: Tensor, rope=None) -> None:
+        cache_write(k, v, *self._memory, self.table, start, self.lengths, rope)
 
     def _shorten(self, lengths: Tensor) -> None:
         if self.page_size is not None:

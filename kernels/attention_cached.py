@@ -27,7 +27,7 @@ from genfast.kernels.attention import (
     _strides,
     merge_kernel,
 )
-from genfast.kernels.attention_sizes import FORWARD
+from genfast.kernels.attention_sizes import FORWARD, target_of
 
 SIZES = {
     **FORWARD,
@@ -186,6 +186,61 @@ def cached_kernel(
     tl.store(at, o.to(out.dtype.element_ty), mask=inside[:, None] & (column < V_SIZE)[None, :])
 
 
+@triton.jit(do_not_specialize=["table_stride", "positions", "heads", "length"])
+def write_kernel(
+    k, v, keys, values, table, first, end, cos, sin,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, keys_batch, keys_head, keys_row, values_batch, values_head,
+    values_row, table_stride, positions, heads, length,
+    PAGE: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr,
+    V_SIZE: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS new positions of a sequence and head; what is beyond the row is not stored."""
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    at = tl.load(first + batch) + row
+    inside = (row < length) & (at >= 0) & (at < tl.load(end + batch))
+    row = row.to(tl.int64)
+    k += batch * k_batch + head * k_head
+    if ROPE:
+        turned = tl.minimum(tl.maximum(at, 0), positions - 1)
+        k_tile = _rotated(k, row * k_row, inside, turned, cos, sin, INTERLEAVED, SIZE, PAD)
+    else:
+        k_tile = _load(k, row, k_row, inside, SIZE, PAD, True)
+    v_tile = _load(v + batch * v_batch + head * v_head, row, v_row, inside, V_SIZE, V_PAD, True)
+    if PAGE:
+        page = tl.load(table + batch * table_stride + at // PAGE, mask=inside, other=0).to(tl.int64)
+        place = at % PAGE
+    else:
+        page, place = batch, at
+    column, v_column = tl.arange(0, PAD), tl.arange(0, V_PAD)
+    to = keys + (page * keys_batch + head * keys_head + place * keys_row)[:, None] + column[None, :]
+    tl.store(to, k_tile, mask=inside[:, None] & (column < SIZE)[None, :])
+    to = values + (page * values_batch + head * values_head + place * values_row)[:, None] + v_column[None, :]
+    tl.store(to, v_tile, mask=inside[:, None] & (v_column < V_SIZE)[None, :])
+
+
+WRITE_ROWS = 16
+
+
+def cache_write(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, first: Tensor, end: Tensor,
+    cos: Tensor | None, sin: Tensor | None, *, interleaved: bool,
+) -> None:  # fmt: skip
+    """See :func:`genfast.cache_write.cache_write`."""
+    batch, heads, length, _ = k.shape
+    if not k.numel():
+        return
+    k, v = _rows(k), _rows(v)
+    rope = cos is not None
+    write_kernel[(batch * heads, triton.cdiv(length, WRITE_ROWS))](
+        k, v, keys, values, first if table is None else table, first, end, cos if rope else first,
+        sin if rope else first, *_strides(k, v, keys, values), 0 if table is None else table.stride(0),
+        cos.shape[0] if rope else 0, heads, length, PAGE=0 if table is None else keys.shape[2], ROPE=rope,
+        INTERLEAVED=interleaved, **_sizes(k, v), ROWS=WRITE_ROWS, num_warps=4,
+    )  # fmt: skip
+
+
 def attention_cached(
     q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, table: Tensor | None, lengths: Tensor,
     first: Tensor | None, cos: Tensor | None, sin: Tensor | None, *, interleaved: bool, scale: float, out: Tensor,
@@ -209,6 +264,9 @@ def attention_cached(
     rows = min(rows, next(n for n in (16, 64, rows) if n >= min(q_len * packed, rows)))
     if rows == 16:
         options["num_warps"] = 4
+        if (target or target_of(q.device)) == "sm_80":
+            # As in _chosen: there ptxas spills a few bytes so that one program more fits, elsewhere it does not.
+            options["maxnreg"] = 255
     programs = triton.cdiv(q_len * packed, rows) * (heads // packed) * batch
     parts = max(min(fill // programs, triton.cdiv(capacity + block, max(LEAST_KEYS, tile_keys))), 1)
     found, found_lse, part_sizes = out, lse, (0, 0)

@@ -84,3 +84,13 @@ def cached_arguments(name: str, dtype: str, device: str = "meta") -> tuple[tuple
     lse = new(1, heads, queries, dtype=torch.float32)
     options = dict(interleaved=rope == "interleaved", scale=0.125, out=out, lse=lse)
     return (q, k, v, keys, values, table, lengths, first, cos, sin), options
+
+
+WRITES = ("cached_rope_64", "cached_rope_128", "cached_pages_96", "cached_block_128")
+"""Cases of ``CACHED`` whose block is written."""
+
+
+def write_arguments(name: str, dtype: str, device: str = "meta") -> tuple[tuple, dict]:
+    """The arguments of ``cache_write`` for a case of ``WRITES``, uninitialised."""
+    (_, k, v, keys, values, table, lengths, _, cos, sin), options = cached_arguments(name, dtype, device)
+    return (k, v, keys, values, table, lengths, lengths, cos, sin), dict(interleaved=options["interleaved"])

@@ -9,6 +9,8 @@ import genfast
 from genfast import KVCache, attention, attention_cached, backends
 from genfast.checks import attention_cached as checks
 from genfast.checks.attention_cached import turned
+from genfast.native import attention_cached as native
+from genfast.reference import attention_cached as reference
 
 PLACES = backends.machine_isas()
 BF16 = torch.bfloat16
@@ -225,13 +227,10 @@ def test_memory_grows_with_the_queries_not_with_the_keys():
     from benchmarks.timing import peak_bytes
 
     def peak(cached):
-        """Of torch's memory and of the kernel's, which the pool keeps."""
         cache = KVCache(1, 4, cached, 32)
         k = randn(1, 4, cached, 32)
         cache.append(k, k)
-        genfast.release_memory()
-        shown = peak_bytes(lambda: attention_cached(k[:, :, :16], cache), torch.device("cpu"))
-        return shown + genfast.release_memory()
+        return peak_bytes(lambda: attention_cached(k[:, :, :16], cache), torch.device("cpu"))
 
     assert 0 < peak(40000) == peak(8192) < 4 * 40000 * 32
 
@@ -260,6 +259,38 @@ def test_what_does_not_fit_is_dropped_where_it_cannot_be_checked(monkeypatch):
     assert torch.equal(paged.keys(1), torch.cat([k[1, :, :1], k[1, :, :1]], 1))
 
 
+@pytest.mark.parametrize("isa", PLACES)
+@pytest.mark.parametrize("page_size", [None, 4])
+@pytest.mark.parametrize("style", [None, "half", "interleaved"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+def test_a_write_is_the_reference_to_the_bit(isa, page_size, style, dtype):
+    """Rows that begin before 0 or end beyond what they may write, and k and v in another order of strides."""
+    first, end = torch.tensor([0, -3, 17]), torch.tensor([30, 12, 20])
+    k, v = randn(3, 21, 2, 36, dtype=dtype).transpose(1, 2), randn(3, 2, 20, 21, dtype=dtype, seed=1).mT
+    turn = (None, None) if style is None else tables(40, 36)
+    found = []
+    for module in (native.bind(backends.native_module(f"cpu_{isa}"), None), reference):
+        cache = KVCache(3, 2, 30, 36, value_dim=20, dtype=dtype, page_size=page_size)
+        cache.append(*(torch.full((3, 2, 30, n), 7.0, dtype=dtype) for n in (36, 20)))
+        module.cache_write(
+            k, v, *cache._memory, cache.table, first, end, *turn, interleaved=style == "interleaved"
+        )  # fmt: skip
+        found.append([store(b) for b in range(3) for store in (cache.keys, cache.values)])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("isa", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 16, 17, 33])
+def test_every_number_of_rows(isa, dtype, rows):
+    """Of queries per head of keys: each has lanes of its own, and 90 keys do not fill the last tile."""
+    case = checks.CachedCase((1, rows, 1, 1, 90, 24, 40), dtype)
+    wide = checks.CachedCase((1, 1, 1, rows, 700, 64, 64), dtype)
+    with backends.instruction_set(isa):
+        for error, allowed in (checks.check(case, "cpu"), checks.check(wide, "cpu")):
+            assert error <= allowed
+
+
 def test_compiles_without_a_break():
     cos, sin = tables(64, 16)
 
@@ -285,6 +316,8 @@ def test_opcheck():
     arguments = (t["q"], t["k"], t["v"], cache.key_store, cache.value_store, cache.table, cache.lengths)
     torch.library.opcheck(torch.ops.genfast.attention_cached, (*arguments, cache.lengths, *case.tables(), True, 0.3))
     torch.library.opcheck(torch.ops.genfast.attention_cached, (*arguments, None, None, None, False, 0.3))
+    writes = (t["k"], t["v"], *cache._memory, cache.table, cache.lengths, cache.lengths + 2)
+    torch.library.opcheck(torch.ops.genfast.cache_write, (*writes, *case.tables(), True))
 
 
 def test_what_a_backend_lacks_is_said(monkeypatch):

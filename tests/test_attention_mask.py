@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genfast import AttentionMask
+from genfast import AttentionMask, attention_ranges
 
 
 def block_diffusion(lengths, block, interleaved):
@@ -35,6 +35,69 @@ def test_block_diffusion(lengths, block, interleaved):
     mask = AttentionMask.block_diffusion(lengths, block, interleaved=interleaved)
     assert torch.equal(mask.to_dense()[0], block_diffusion(lengths, block, interleaved))
     check_form(mask)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 300), max_size=6), st.integers(1, 400) | st.just(2**40), st.booleans())
+def test_block_by_block_is_row_by_row(lengths, block, interleaved):
+    """The ranges that are made of whole blocks, against the general way with the intervals of each row."""
+    mask = AttentionMask.block_diffusion(torch.tensor(lengths, dtype=torch.int32), block, interleaved=interleaved)
+    total, begin, rows = sum(lengths), 0, ([], [])
+    for n in lengths:
+        noised, clean = (2 * begin, 2 * begin + n) if interleaved else (begin, total + begin)
+        at = torch.arange(n)
+        block_begin = at // block * block
+        block_end = (block_begin + block).clamp_max(n)
+        nothing = torch.zeros_like(at)
+        rows[0].append([noised + block_begin, noised + block_end, clean + nothing, clean + block_begin])
+        rows[1].append([clean + nothing, clean + block_end, nothing, nothing])
+        begin += n
+    parts = [part for pair in zip(*rows) for part in pair] if interleaved else [*rows[0], *rows[1]]
+    ends = torch.cat([torch.stack(part) for part in parts], 1)[:, None] if parts else torch.zeros(4, 1, 0).long()
+    assert torch.equal(mask.ranges, attention_ranges.joined([tuple(ends[:2]), tuple(ends[2:])], 2 * total))
+    assert mask.ranges.is_contiguous() and mask.kv_len == 2 * total
+
+
+numbers = st.integers(-20, 40) | st.sampled_from([-(2**40), 2**40])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 12), st.integers(0, 14), st.lists(numbers, min_size=8, max_size=8), st.booleans())
+def test_any_numbers(q_len, kv_len, drawn, as_tensor):
+    """Offsets, lengths and windows beyond the keys, and beyond int32, mean what they say."""
+    i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
+    offset, block, prefix, left, right = drawn[0], abs(drawn[1]) + 1, drawn[2], abs(drawn[3]), abs(drawn[4])
+    at = i + offset
+    given = torch.tensor([offset]) if as_tensor else offset
+    begin, end = torch.tensor(drawn[:4]), torch.tensor(drawn[4:])
+    cu_q, cu_k = (torch.arange(4) * n for n in (q_len, kv_len))
+    cases = [
+        (AttentionMask.causal(q_len, kv_len, q_offset=given), j <= at),
+        (
+            AttentionMask.block_causal(q_len, block, kv_len=kv_len, q_offset=given),
+            j < (at.div(block, rounding_mode="floor") + 1) * block,
+        ),
+        (
+            AttentionMask.sliding_window(q_len, left, right, kv_len=kv_len, q_offset=offset),
+            (j >= at - left) & (j <= at + right),
+        ),
+        (
+            AttentionMask.prefix(torch.tensor([prefix]) if as_tensor else prefix, q_len),
+            torch.arange(q_len) < (i + 1).clamp_min(prefix),
+        ),
+        (
+            AttentionMask.padding(end, kv_len, q_len=q_len, start=begin if as_tensor else None),
+            (((j >= begin[:, None]) | (not as_tensor)) & (j >= 0) & (j < end[:, None]))[:, None],
+        ),
+        (
+            AttentionMask.varlen(cu_q, cu_k),
+            torch.block_diag(*torch.ones(3, q_len, kv_len)).bool(),
+        ),
+        (AttentionMask.full(q_len, kv_len), j >= 0),
+    ]
+    for mask, dense in cases:
+        assert torch.equal(mask.to_dense(), dense.expand(mask.batch, mask.q_len, -1)), mask
+        check_form(mask)
 
 
 def check_form(mask):
@@ -164,6 +227,8 @@ def test_memory_is_linear():
         (lambda: AttentionMask.varlen(torch.tensor([0, 4]), torch.tensor([0, 1, 2])), "cu_seqlens_k"),
         (lambda: AttentionMask.block_causal(4, 0), "block"),
         (lambda: AttentionMask.block_diffusion([3, -1], 2), "length"),
+        (lambda: AttentionMask.block_diffusion([2**29, 2**29], 2), "longer than"),
+        (lambda: AttentionMask.block_causal(4, 1, q_offset=torch.zeros(1)), "q_offset"),
         (lambda: AttentionMask.sliding_window(4, -1, 0), "left"),
         (lambda: AttentionMask.intervals(torch.zeros(3).long(), torch.zeros(4).long(), kv_len=5), "end"),
         (lambda: AttentionMask.intervals(*torch.zeros(2, 3).long(), torch.zeros(3).long(), kv_len=5), "end2"),

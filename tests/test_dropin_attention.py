@@ -182,7 +182,6 @@ def fallbacks():
     least[3] = torch.finfo(torch.float32).min  # that row sees all keys
     learned = torch.zeros(64, 64, requires_grad=True)
     wide = [torch.randn(1, 1, 64, 300) for _ in range(3)]
-    few = qkv(length=8)
     yield "bias", (q, k, v, bias), {}
     yield "least number in a whole row", (q, k, v, least), {}
     yield "a learned bias", (q, k, v, learned), {}
@@ -192,9 +191,7 @@ def fallbacks():
     yield "large heads", wide, {}
     yield "three dimensions", (q[0], k[0], v[0]), {}
     yield "batch that broadcasts", (q, k[:1], v[:1]), {}
-    yield "few queries", few, {}
     yield "a mask and is_causal", (q, k, v, torch.ones(64, 64, dtype=torch.bool)), dict(is_causal=True)
-    yield "no queries", (q[:, :, :0], k, v), {}
 
 
 FALLBACKS = {name: rest for name, *rest in fallbacks()}
@@ -205,6 +202,17 @@ def test_sdpa_falls_back(name, calls):
     arguments, options = FALLBACKS[name]
     assert torch.equal(ours.scaled_dot_product_attention(*arguments, **options), sdpa(*arguments, **options))
     assert not calls
+
+
+@pytest.mark.parametrize("queries", [0, 1, 5])
+def test_few_queries_of_a_decoding_step(queries, calls):
+    q, k, v = qkv()
+    q = q[:, :, :queries]
+    seen = torch.ones(2, 1, 1, 64, dtype=torch.bool)
+    seen[1, ..., :9] = False
+    for mask in (None, seen):
+        close(ours.scaled_dot_product_attention(q, k, v, mask), sdpa(q, k, v, mask))
+    assert calls
 
 
 def test_sdpa_falls_back_to_their_dropout_and_transforms(calls):

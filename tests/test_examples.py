@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -73,9 +74,16 @@ def test_sedd(example, capsys):
 
 
 def test_block_diffusion_transformer(example, capsys):
-    found = example("block_diffusion_transformer").main(["--steps", "150", "--rows", "300"])
-    # The letters' own entropy is 1.37 nats, the chain's rate 1.06; 150 steps come to 1.09.
-    assert found["loss"] < 1.15
-    # Sampling alone gives 0.015; letters drawn without a look at their neighbours give 0.36. Here 0.06.
-    assert found["error"] < 0.1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with several, small matrices wait for one another where tests run side by side
+    try:
+        found = example("block_diffusion_transformer").main(["--steps", "100", "--rows", "200"])
+    finally:
+        torch.set_num_threads(threads)
+    # The letters' own entropy is 1.37 nats, the chain's rate 1.06; the last of 100 steps come to 1.11.
+    assert found["first"] > 1.3 and found["loss"] < 1.2
+    # Sampling alone gives 0.02; letters drawn without a look at their neighbours give 0.36. Here 0.05.
+    assert found["error"] < 0.1 and found["by_hand"] < 0.1
+    # By rounding alone two draws in a million differ.
+    assert found["same"] > 0.99
     assert "block diffusion, blocks of 8" in capsys.readouterr().out

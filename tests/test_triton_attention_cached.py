@@ -10,6 +10,7 @@ from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_inte
 import genfast
 from genfast.checks import attention_cached as checks
 from genfast.checks.attention_cached import BF16, F16, F32, CachedCase
+from genfast.reference import attention_cached as reference
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("genfast.kernels.attention_cached")
@@ -65,6 +66,23 @@ class TestKernels:
         monkeypatch.setitem(kernels.attention_cached.__kwdefaults__, "fill", 1000)
         error, allowed = checks.check(CachedCase((2, 2, 1, 3, 290, 16, 16), page_size=page_size), DEVICE)
         assert error <= allowed
+
+    @pytest.mark.parametrize("page_size", (None, 4))
+    @pytest.mark.parametrize("rope", (False, True))
+    def test_a_write_leaves_the_rest_alone(self, page_size, rope):
+        """Rows that begin before 0 or end beyond what they may write."""
+        first, end = (torch.tensor(t, device=DEVICE) for t in ([0, -3, 17], [30, 12, 20]))
+        k, v = torch.randn(3, 2, 21, 12, device=DEVICE), torch.randn(3, 2, 21, 20, device=DEVICE)
+        angles = torch.arange(40.0, device=DEVICE)[:, None] * 0.5 ** torch.arange(6.0, device=DEVICE)
+        found = []
+        for module in (kernels, reference):
+            cache = genfast.KVCache(3, 2, 30, 12, value_dim=20, device=DEVICE, page_size=page_size)
+            cache.append(*(torch.full((3, 2, 30, n), 7.0, device=DEVICE) for n in (12, 20)))
+            turn = (angles.cos(), angles.sin()) if rope else (None, None)
+            module.cache_write(k, v, *cache._memory, cache.table, first, end, *turn, interleaved=True)
+            found.append([store(b) for b in range(3) for store in (cache.keys, cache.values)])
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b)
 
     def test_what_lies_beyond_a_row_may_be_anything(self):
         q, k = torch.randn(2, 2, 3, 16, device=DEVICE), torch.randn(2, 1, 33, 16, device=DEVICE)

@@ -88,6 +88,11 @@ def test_the_cached_attention_kernels():
     assert {row.kernel for row in rows} == {"cached_kernel", "merge_kernel"}
 
 
+def test_the_kernel_that_writes_a_cache_on_every_target():
+    rows = compile_without_spills([f"write_{name}" for name in attention_configurations.WRITES], ["bf16"])
+    assert {row.kernel for row in rows} == {"write_kernel"}
+
+
 def attention_launches(q_len, kv_len, **options):
     _, (q, k, v), defaults = attention_configurations.arguments("attention_few_queries_64", "bf16")
     q, out = (t.expand(1, 32, q_len, 64) for t in (q[:, :, :1], q[:, :, :1]))

@@ -329,8 +329,9 @@ class TestThreshold:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_exact(self, backend, ratio, dtype):
         table = table_of([0.0, 0.0], x0=1.0, to_x0=[1.0, -0.5])
-        for inner in (1, 2, 3, 17, 1500):
-            x = [randn(3, inner, dtype=dtype, seed=inner + i) * 3 for i in range(2)]
+        # Where a ratio falls differs between sizes; the interpreter is slow, and is shown them all for one ratio.
+        for inner in (1, 2, 3, 17, 1500) if HAS_GPU or ratio == 0.31 else (3, 1500):
+            x = [randn(2, inner, dtype=dtype, seed=inner + i) * 3 for i in range(2)]
             options = dict(threshold=(ratio, 100.0))
             assert torch.equal(genfast.sampler_step(x, table, **options), reference(x, table, **options))
 

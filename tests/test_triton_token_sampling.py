@@ -3,6 +3,8 @@
 As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
@@ -12,7 +14,21 @@ from genfast.checks import token_masking, token_transfer, token_transition
 from genfast.checks import token_sampling as checks
 
 kernels = pytest.importorskip("genfast.kernels.token_sampling")
-LONG = [case for case in checks.cases() if case.shape[-1] > kernels.TILE]
+CASES, TRANSFERS, MASKS = checks.cases(), token_transfer.cases(), token_masking.cases()
+LONG = [case for case in CASES if case.shape[-1] > kernels.TILE]
+TRANSITIONS = token_transition.cases()
+if not HAS_GPU:
+    # The interpreter takes a tenth of a second for a row, so what it has seen in one case it is not shown in another:
+    # odd rows have plain ones among them; a filter sees float32, whatever the logits are; rows of one, of a part of a
+    # tile and of tiles are all there is to a length; what is drawn at a place depends on its tile where there are
+    # counts, pairs or words of torch's.
+    ODD = [case for case in CASES if case.odd]
+    CASES = [case for case in CASES if case.odd or replace(case, odd=True) not in ODD]
+    CASES = [case for case in CASES if case.dtype == torch.float32 or "top_p" not in case.options]
+    TRANSFERS = [case for case in TRANSFERS if (case.length, case.kind) in ((1, "plain"), (37, "odd"), (300, "ties"))]
+    TILED = ("counts", "count", "antithetic", "generator")
+    MASKS = [case for case in MASKS if case.shape != (4, 1500) or {*case.options, *case.tensors} & {*TILED}]
+    TRANSITIONS = token_transition.cases(quick=True)
 
 
 def test_in_the_interpreter():
@@ -26,7 +42,7 @@ test_in_the_interpreter.__test__ = not RUNS_HERE
 class TestKernels:
     __test__ = RUNS_HERE
 
-    @pytest.mark.parametrize("case", checks.cases(), ids=lambda case: case.name)
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_cases(self, case):
         with genfast.backend("triton"):
             error, allowed = checks.check(case, DEVICE)
@@ -53,16 +69,15 @@ class TestKernels:
 
     def test_transfer(self):
         with genfast.backend("triton"):
-            assert [c.name for c in token_transfer.cases() if token_transfer.check(c, DEVICE) != (0, 0)] == []
+            assert [c.name for c in TRANSFERS if token_transfer.check(c, DEVICE) != (0, 0)] == []
 
     def test_masking(self):
         with genfast.backend("triton"):
-            assert [c.name for c in token_masking.cases() if token_masking.check(c, DEVICE) != (0, 0)] == []
+            assert [c.name for c in MASKS if token_masking.check(c, DEVICE) != (0, 0)] == []
 
     def test_transition(self):
-        cases = token_transition.cases(quick=not HAS_GPU)
         with genfast.backend("triton"):
-            assert [c.name for c in cases if token_transition.check(c, DEVICE) != (0, 0)] == []
+            assert [c.name for c in TRANSITIONS if token_transition.check(c, DEVICE) != (0, 0)] == []
 
     def test_cuda_graph(self):
         x = torch.randn(8, 4, 5000, device="cuda").bfloat16()

@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/attention_tiles.h"
+#include "cpu/attention_softmax.h"
+#include "cpu/small_gemm.h"
+#include "cpu/words.h"
 
 namespace genfast {
 namespace {
@@ -112,8 +114,11 @@ void differentiate(const AttentionArgs& a, int64_t b, int64_t row, int64_t n, in
 void walk(const AttentionArgs& a, const Plan& plan, int64_t b, int64_t kv_head, int64_t tile, const float* sums,
           const float* lse, float* grad_q, Workspace& w) {
   const int64_t key = tile * kKeys, keys = std::min(kKeys, a.kv_len - key);
-  load_columns(a.k, b, kv_head, key, key, key + keys, a.dim, w.key_columns.data());
-  load_columns(a.v, b, kv_head, key, key, key + keys, a.value_dim, w.value_columns.data());
+  const char *k_rows[kKeys], *v_rows[kKeys];
+  for (int64_t j = 0; j < keys; j++)
+    k_rows[j] = row_of(a.k, b, kv_head, key + j), v_rows[j] = row_of(a.v, b, kv_head, key + j);
+  pack_columns<false>(k_rows, keys, kKeys, a.k.dtype, a.dim, w.key_columns.data());
+  pack_columns<false>(v_rows, keys, kKeys, a.v.dtype, a.value_dim, w.value_columns.data());
   load_rows(a.k, b, kv_head, key, keys, kKeys, a.dim, plan.width, w.key_rows.data());
   std::fill(w.grad_k.data(), w.grad_k.data() + kKeys * plan.width, 0.0f);
   std::fill(w.grad_v.data(), w.grad_v.data() + kKeys * plan.value_width, 0.0f);
@@ -124,20 +129,21 @@ void walk(const AttentionArgs& a, const Plan& plan, int64_t b, int64_t kv_head, 
       const int64_t row = r * kRows, n = std::min(kRows, a.q_len - row), at = (b * a.heads + h) * a.q_len + row;
       load_rows(a.q, b, h, row, n, n, a.dim, plan.width, w.q.data());
       load_rows(a.grad_out, b, h, row, n, n, a.value_dim, plan.value_width, w.grad_out.data());
-      multiply<false>(Left{w.q.data(), plan.width, 1}, w.key_columns.data(), kKeys, w.scores.data(), kKeys, n, kKeys,
-                      a.dim);
-      multiply<false>(Left{w.grad_out.data(), plan.value_width, 1}, w.value_columns.data(), kKeys, w.products.data(),
-                      kKeys, n, kKeys, a.value_dim);
+      multiply<false>(Left{w.q.data(), plan.width, 1}, Right{w.key_columns.data(), kKeys, kLanes}, w.scores.data(),
+                      kKeys, n, kKeys, a.dim, false);
+      multiply<false>(Left{w.grad_out.data(), plan.value_width, 1}, Right{w.value_columns.data(), kKeys, kLanes},
+                      w.products.data(), kKeys, n, kKeys, a.value_dim, false);
       const bool partial = keys < kKeys || !sight.sees_all(key, key + keys);
       differentiate(a, b, row, n, key, partial, sums + at, lse + at, a.grad_lse ? a.grad_lse + at : nullptr, w);
-      multiply<true>(Left{w.scores.data(), 1, kKeys}, w.grad_out.data(), plan.value_width, w.grad_v.data(),
-                     plan.value_width, kKeys, plan.value_width, n);
-      multiply<true>(Left{w.products.data(), 1, kKeys}, w.q.data(), plan.width, w.grad_k.data(), plan.width, kKeys,
-                     plan.width, n);
+      multiply<false>(Left{w.scores.data(), 1, kKeys}, Right{w.grad_out.data(), plan.value_width, kLanes},
+                      w.grad_v.data(), plan.value_width, kKeys, plan.value_width, n, true);
+      multiply<false>(Left{w.products.data(), 1, kKeys}, Right{w.q.data(), plan.width, kLanes}, w.grad_k.data(),
+                      plan.width, kKeys, plan.width, n, true);
       // As in the forward pass, no key beyond those that a row sees.
       const int64_t from = std::max<int64_t>(sight.begin() - key, 0), to = std::min(keys, sight.end() - key);
-      multiply<true>(Left{w.products.data() + from, kKeys, 1}, w.key_rows.data() + from * plan.width, plan.width,
-                     grad_q + at * plan.width, plan.width, n, plan.width, to - from);
+      multiply<false>(Left{w.products.data() + from, kKeys, 1},
+                      Right{w.key_rows.data() + from * plan.width, plan.width, kLanes}, grad_q + at * plan.width,
+                      plan.width, n, plan.width, to - from, true);
     }
   for (int64_t i = 0; i < keys; i++) {
     float* dk = w.grad_k.data() + i * plan.width;

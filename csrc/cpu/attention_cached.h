@@ -1,8 +1,16 @@
-// Arguments of the CPU kernel of `attention_cached`. Strides count elements.
+// Arguments of the CPU kernels of `attention_cached` and `cache_write`. Strides count elements.
 #pragma once
 #include "cpu/attention.h"
 
 namespace genfast {
+
+// Row i of sequence b is at position first[b] + i of the tables.
+struct Rotation {
+  const float *cos = nullptr, *sin = nullptr;  // [positions, D / 2], or null
+  const int64_t* first = nullptr;              // [B]
+  int64_t positions = 0;
+  bool interleaved = false;
+};
 
 struct CachedArgs {
   Heads q, out;                      // [B, H, n, D], [B, H, n, Dv]
@@ -15,18 +23,29 @@ struct CachedArgs {
   int64_t table_stride = 0, page_size = 0;
   int64_t batch = 0, heads = 0, kv_heads = 0, q_len = 0, block = 0, capacity = 0, dim = 0, value_dim = 0;
   float scale = 1;
+  Rotation rotation;  // of q and block_k
 
-  // Rotation of q and block_k: row i of sequence b is at position first[b] + i of the tables.
-  const float *cos = nullptr, *sin = nullptr;  // [positions, D / 2], or null
-  const int64_t* first = nullptr;              // [B]
-  int64_t positions = 0;
-  bool interleaved = false;
+  // Of `attention`: what each row sees of the keys, as in AttentionArgs.
+  const int32_t* ranges = nullptr;
+  int64_t ranges_stride = 0;
 };
 
 void attention_cached(const CachedArgs& args);
 
-// `attention` without a mask where a key head has so few rows of queries that packing all keys first does not pay.
+// `attention` where a key head has so few rows of queries that packing all keys first does not pay.
 bool few_rows(const AttentionArgs& args);
 void attention_of_few_rows(const AttentionArgs& args);
+
+struct CacheWriteArgs {
+  Heads k, v;                                      // [B, Hkv, n, .], read
+  Heads keys, values;                              // as in CachedArgs, written
+  const int64_t *first = nullptr, *end = nullptr;  // [B]: row i goes to position first[b] + i if that is in [0, end[b])
+  const int32_t* table = nullptr;
+  int64_t table_stride = 0, page_size = 0;
+  int64_t batch = 0, kv_heads = 0, length = 0, dim = 0, value_dim = 0;
+  Rotation rotation;  // of k
+};
+
+void cache_write(const CacheWriteArgs& args);
 
 }  // namespace genfast

@@ -1,18 +1,15 @@
-// What the forward and the backward pass of `attention` share: tiles of rows and keys, what a tile of rows sees, tiles
-// of keys packed for the matrix products, probabilities.
+// What the forward and the backward pass of `attention` share: tiles of rows and keys, memory, what a tile of rows
+// sees.
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <cstring>
-#include <limits>
+#include <new>
 
 #include "cpu/attention.h"
 #include "cpu/dtype.h"
-#include "cpu/exponential.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
-#include "cpu/small_gemm.h"
-#include "cpu/token_math.h"
+#include "cpu/simd.h"
 
 namespace genfast {
 namespace {
@@ -55,81 +52,9 @@ inline void load_rows(const Heads& t, int64_t b, int64_t h, int64_t first, int64
   std::fill(to + n * width, to + rows * width, 0.0f);
 }
 
-// Keys [from, to) of the tile that begins at `first`, as [dim][kKeys]; the others are zeros.
-inline void load_columns(const Heads& t, int64_t b, int64_t h, int64_t first, int64_t from, int64_t to, int64_t dim,
-                         float* out) {
-  alignas(64) float rows[16][256];
-  for (int64_t at = first; at < first + kKeys; at += 16) {
-    for (int64_t i = 0; i < 16; i++) {
-      if (at + i >= from && at + i < to)
-        load_run(row_of(t, b, h, at + i), t.dtype, dim, rows[i]);
-      else
-        std::fill(rows[i], rows[i] + dim, 0.0f);
-    }
-    float* column = out + (at - first);
-    for (int64_t d = 0; d < dim; d++)
-      for (int64_t i = 0; i < 16; i++) column[d * kKeys + i] = rows[i][d];
-  }
-}
-
-// The same with bfloat16 pairs of neighbours along dim, as [(dim + 1) / 2][kKeys].
-inline void load_column_pairs(const Heads& t, int64_t b, int64_t h, int64_t first, int64_t from, int64_t to,
-                              int64_t dim, float* out) {
-  alignas(64) uint32_t rows[16][128];
-  const int64_t depth = (dim + 1) / 2;
-  for (int64_t at = first; at < first + kKeys; at += 16) {
-    std::memset(rows, 0, sizeof(rows));
-    for (int64_t i = 0; i < 16; i++)
-      if (at + i >= from && at + i < to) std::memcpy(rows[i], row_of(t, b, h, at + i), dim * 2);
-    uint32_t* column = reinterpret_cast<uint32_t*>(out) + (at - first);
-    for (int64_t d = 0; d < depth; d++)
-      for (int64_t i = 0; i < 16; i++) column[d * kKeys + i] = rows[i][d];
-  }
-}
-
-// Keys [from, to) of a tile with pairs of neighbouring keys, as [kKeys / 2][width]; the others are zeros.
-inline void load_row_pairs(const Heads& t, int64_t b, int64_t h, int64_t first, int64_t from, int64_t to, int64_t dim,
-                           int64_t width, float* out) {
-  uint16_t* pairs = reinterpret_cast<uint16_t*>(out);
-  std::fill(pairs, pairs + kKeys * width, 0);
-  for (int64_t key = from; key < to; key++) {
-    const uint16_t* row = reinterpret_cast<const uint16_t*>(row_of(t, b, h, key));
-    uint16_t* to_row = pairs + (key - first) / 2 * 2 * width + (key - first) % 2;
-    for (int64_t d = 0; d < dim; d++) to_row[2 * d] = row[d];
-  }
-}
-
-// Rows of bfloat16 as pairs of neighbours, [n][depth].
-inline void load_pairs(const Heads& t, int64_t b, int64_t h, int64_t first, int64_t n, int64_t dim, int64_t depth,
-                       float* out) {
-  for (int64_t i = 0; i < n; i++) {
-    out[(i + 1) * depth - 1] = 0;
-    std::memcpy(out + i * depth, row_of(t, b, h, first + i), dim * 2);
-  }
-}
-
-template <bool PAIRS>
-struct ProductOf {
-  using type = Numbers;
+struct Span {
+  int64_t begin, end;
 };
-#if defined(__AVX512BF16__)
-template <>
-struct ProductOf<true> {
-  using type = Pairs;
-};
-#endif
-template <bool PAIRS>
-using Product = typename ProductOf<PAIRS>::type;
-
-// n floats, a multiple of 32, to bfloat16.
-inline void round_to_pairs(const float* x, int64_t n, float* out) {
-#if defined(__AVX512BF16__)
-  for (int64_t i = 0; i < n; i += 32)
-    _mm512_storeu_si512(out + i / 2, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16), _mm512_loadu_ps(x + i)));
-#else
-  store_run(x, n, out, kBFloat16);
-#endif
-}
 
 // The intervals of a tile of rows.
 struct Sight {
@@ -162,6 +87,21 @@ struct Sight {
   }
   int64_t begin() const { return std::min(some_begin[0], some_begin[1]); }
   int64_t end() const { return std::max(some_end[0], some_end[1]); }
+
+  // The keys that some row sees, in order: up to two spans that have no vector of keys in common.
+  int spans(Span (&to)[2]) const {
+    const int first = some_begin[1] < some_begin[0];
+    int count = 0;
+    for (int k : {first, 1 - first}) {
+      const Span span{some_begin[k], some_end[k]};
+      if (span.begin >= span.end) continue;
+      if (count && span.begin / kLanes * kLanes <= padded(to[0].end))
+        to[0].end = std::max(to[0].end, span.end);
+      else
+        to[count++] = span;
+    }
+    return count;
+  }
 };
 
 // Which of the keys [first, first + kLanes) a row sees, as a mask.
@@ -171,14 +111,6 @@ inline vi seen_lanes(const int32_t* range, int64_t first) {
   at += (vi{} + (int32_t)first);
   return ((at >= (vi{} + range[0])) & (at < (vi{} + range[1]))) |
          ((at >= (vi{} + range[2])) & (at < (vi{} + range[3])));
-}
-
-inline float largest_lane(vf v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)v);
-#else
-  return largest(v);
-#endif
 }
 
 // body(make(), item) for every item, each by one thread, in any order: what an item computes must not depend on others.

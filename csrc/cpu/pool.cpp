@@ -67,10 +67,11 @@ Block* reuse(size_t bytes) {
 
 Block* create(size_t bytes) {
   const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
-  void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  const size_t size = (bytes + alignment - 1) / alignment * alignment;  // a huge page begun is asked for whole
+  void* memory = std::aligned_alloc(alignment, size);
   if (!memory) return nullptr;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+  if (bytes >= kHugePage) madvise(memory, size, MADV_HUGEPAGE);
 #endif
   Block* b = new (std::nothrow) Block;
   if (!b) {

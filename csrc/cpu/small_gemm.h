@@ -1,12 +1,19 @@
-// C (+)= A B of small matrices that lie in the caches, register tile by register tile: of float32, or (AVX512-BF16) of
-// bfloat16 with sums in float32.
+// C (+)= A B of small matrices that lie in the caches, register tile by register tile. Numbers are 32-bit words: floats
+// or, where an instruction multiplies and adds them (AVX512-BF16), pairs of bfloat16 that are neighbours along the sum.
 #pragma once
 #include "cpu/simd.h"
 
 namespace genfast {
 namespace {
 
-// Rows and vectors of a register tile: 16 accumulators hide the latency of a fused multiply-add on two ports.
+#if defined(__AVX512BF16__)
+constexpr bool kWordPairs = true;
+#else
+constexpr bool kWordPairs = false;
+#endif
+
+// Rows and vectors of a register tile: 16 accumulators hide the latency of a fused multiply-add on two ports. A tile of
+// fewer vectors has as many more rows.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 4, kTileVectors = 4;
 #else
@@ -21,13 +28,15 @@ constexpr int64_t kLongestSum = 32;
 constexpr int64_t kLongestSum = 16;
 #endif
 
-inline vf multiply_add(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+template <bool PAIRS>
+inline vf add_product(vf a, vf b, vf sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (PAIRS) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+#if defined(__FMA__)
+  return fma_exact(a, b, sum);
 #else
-  return a * b + c;
+  return sum + a * b;
 #endif
 }
 
@@ -35,75 +44,81 @@ inline vf multiply_add(vf a, vf b, vf c) {
 struct Left {
   const float* a;
   int64_t row, column;
+
+  Left below(int64_t m) const { return {a + m * row, row, column}; }
 };
 
-// Two bfloat16 neighbours along k in each number: A[m][2k], A[m][2k + 1] and B[2k][n], B[2k + 1][n]. `depth` counts
-// pairs.
-struct Numbers {
-  static vf add_product(vf sum, vf a, vf b) { return multiply_add(a, b, sum); }
-};
-#if defined(__AVX512BF16__)
-struct Pairs {
-  static vf add_product(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-};
-#endif
+// Vector n of B[k] is at b + k * row + n * vector.
+struct Right {
+  const float* b;
+  int64_t row, vector;
 
-// A float's bits in every lane. An arithmetic splat would quieten what is a pair and not a number.
-inline vf broadcast(const float* p) {
-  int32_t bits;
-  std::memcpy(&bits, p, 4);
-  return as_float(vi{} + bits);
+  Right beside(int64_t n) const { return {b + n * vector, row, vector}; }
+};
+
+// A word in every lane. Not through a float: a pair may be what a float calls a signalling NaN.
+inline vf splat_word(const float* p) {
+  uint32_t word;
+  std::memcpy(&word, p, 4);
+  return (vf)splat(word);
 }
 
-template <class Product, int ROWS, int VECTORS, bool ADD>
-inline void register_tile(Left left, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
-  vf sum[ROWS][VECTORS];
-  for (int m = 0; m < ROWS; m++)
-    for (int n = 0; n < VECTORS; n++) sum[m][n] = vf{};
-  for (int64_t k = 0; k < depth; k++) {
-    vf right[VECTORS];
-    for (int n = 0; n < VECTORS; n++) right[n] = load<vf>(b + k * b_row + n * kLanes);
-    for (int m = 0; m < ROWS; m++) {
-      const vf scalar = broadcast(left.a + m * left.row + k * left.column);
-      for (int n = 0; n < VECTORS; n++) sum[m][n] = Product::add_product(sum[m][n], scalar, right[n]);
+// A row's result depends on that row alone, whatever the tile.
+template <bool PAIRS, int ROWS, int VECTORS>
+inline __attribute__((always_inline)) void register_tile(Left left, Right right, float* c, int64_t c_row, int64_t depth,
+                                                         bool add) {
+  for (int64_t first = 0; first == 0 || first < depth; first += kLongestSum, add = true) {
+    vf sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; m++)
+      for (int n = 0; n < VECTORS; n++) sum[m][n] = vf{};
+    const int64_t last = first + kLongestSum < depth ? first + kLongestSum : depth;
+    for (int64_t k = first; k < last; k++) {
+      vf b[VECTORS];
+      for (int n = 0; n < VECTORS; n++) b[n] = load<vf>(right.b + k * right.row + n * right.vector);
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; m++) {
+        const vf a = splat_word(left.a + m * left.row + k * left.column);
+        for (int n = 0; n < VECTORS; n++) sum[m][n] = add_product<PAIRS>(a, b[n], sum[m][n]);
+      }
     }
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; m++)
+      for (int n = 0; n < VECTORS; n++) {
+        float* to = c + m * c_row + n * kLanes;
+        store(to, add ? load<vf>(to) + sum[m][n] : sum[m][n]);
+      }
   }
-  for (int m = 0; m < ROWS; m++)
-    for (int n = 0; n < VECTORS; n++) {
-      float* to = c + m * c_row + n * kLanes;
-      store(to, ADD ? load<vf>(to) + sum[m][n] : sum[m][n]);
-    }
 }
 
-template <class Product, int ROWS, bool ADD>
-inline void row_panel(Left left, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t columns,
-                      int64_t depth) {
-  int64_t n = 0;
-  for (; n + kTileVectors * kLanes <= columns; n += kTileVectors * kLanes)
-    register_tile<Product, ROWS, kTileVectors, ADD>(left, b + n, b_row, c + n, c_row, depth);
-  for (; n < columns; n += kLanes) register_tile<Product, ROWS, 1, ADD>(left, b + n, b_row, c + n, c_row, depth);
-}
-
-template <bool ADD, class Product>
-void multiply_part(Left left, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t columns,
-                   int64_t depth) {
+// Not inlined: among other code, a compiler keeps fewer of the sums in registers.
+template <bool PAIRS, int ROWS, int VECTORS>
+__attribute__((noinline)) void column_panel(Left left, Right right, float* c, int64_t c_row, int64_t rows,
+                                            int64_t depth, bool add) {
   int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows)
-    row_panel<Product, kTileRows, ADD>(Left{left.a + m * left.row, left.row, left.column}, b, b_row, c + m * c_row,
-                                       c_row, columns, depth);
-  for (; m < rows; m++)
-    row_panel<Product, 1, ADD>(Left{left.a + m * left.row, left.row, left.column}, b, b_row, c + m * c_row, c_row,
-                               columns, depth);
+  for (; m + ROWS <= rows; m += ROWS)
+    register_tile<PAIRS, ROWS, VECTORS>(left.below(m), right, c + m * c_row, c_row, depth, add);
+  if constexpr (ROWS > 1)
+    if (m < rows)
+      column_panel<PAIRS, ROWS / 2, VECTORS>(left.below(m), right, c + m * c_row, c_row, rows - m, depth, add);
 }
 
-// C[rows][columns] = A[rows][depth] B[depth][columns], added to C if ADD; `columns` is a multiple of kLanes.
-template <bool ADD, class Product = Numbers>
-void multiply(Left left, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t columns,
-              int64_t depth) {
-  multiply_part<ADD, Product>(left, b, b_row, c, c_row, rows, columns, depth < kLongestSum ? depth : kLongestSum);
-  for (int64_t k = kLongestSum; k < depth; k += kLongestSum)
-    multiply_part<true, Product>(Left{left.a + k * left.column, left.row, left.column}, b + k * b_row, b_row, c, c_row,
-                                 rows, columns, depth - k < kLongestSum ? depth - k : kLongestSum);
+template <bool PAIRS, int VECTORS>
+inline void column_panels(Left left, Right right, float* c, int64_t c_row, int64_t rows, int64_t vectors, int64_t depth,
+                          bool add) {
+  constexpr int kPanelRows = kTileRows * kTileVectors / VECTORS;
+  int64_t n = 0;
+  for (; n + VECTORS <= vectors; n += VECTORS)
+    column_panel<PAIRS, kPanelRows, VECTORS>(left, right.beside(n), c + n * kLanes, c_row, rows, depth, add);
+  if constexpr (VECTORS > 1)
+    if (n < vectors)
+      column_panels<PAIRS, VECTORS / 2>(left, right.beside(n), c + n * kLanes, c_row, rows, vectors - n, depth, add);
+}
+
+// C[rows][columns] = A[rows][depth] B[depth][columns], added to C if `add`; `columns` is a multiple of kLanes.
+template <bool PAIRS>
+void multiply(Left left, Right right, float* c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool add) {
+  column_panels<PAIRS, kTileVectors>(left, right, c, c_row, rows, columns / kLanes, depth, add);
 }
 
 }  // namespace

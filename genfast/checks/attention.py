@@ -117,8 +117,9 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
     return t
 
 
-_ODD = (2, 4, 2, 78, 78, 40, 40)
-_EVEN = (3, 2, 1, 128, 128, 64, 64)
+# More than 256 rows to a key head, which the CPU has another kernel for than for the few of the shapes below.
+_ODD = (2, 8, 2, 78, 78, 40, 40)
+_EVEN = (2, 3, 1, 128, 128, 64, 64)
 _SQUARE_ONLY = ("block diffusion", "prefix")
 
 
@@ -139,7 +140,7 @@ def cases(quick: bool = False) -> list[AttentionCase]:
             for dtype in (F32, BF16, F16)
         ]
     for size in (1, 16, 33, 96, 128, 256):
-        shape = (1, 2, 1, 70, 70, size, size)
+        shape = (1, 4, 1, 70, 70, size, size)
         found += [AttentionCase(shape, "block diffusion", dtype, backward=True) for dtype in (F32, BF16)]
     for layout in LAYOUTS[1:]:
         found += [

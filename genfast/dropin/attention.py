@@ -10,8 +10,6 @@ a dense mask (see below)             an additive mask of other numbers than 0 an
 float32, bfloat16, float16           float64, tensors that are not [B, H, L, D], heads of more than 256 numbers, nested
                                      tensors and other subclasses, ``torch.func`` transforms, batches that broadcast
 CPU with its module, CUDA            any other device, and where no fused backend is there
-\                                    on CPUs fewer than 16 queries per head of keys in ``scaled_dot_product_attention``
-                                     without an AttentionMask: a decoding step, for which the kernels are not made
 ==================================== ==================================================================================
 
 **BlockMask.** One that :meth:`AttentionMask.to_block_mask` made is known at no cost. Any other is converted at its
@@ -43,7 +41,7 @@ from torch.nn.attention import flex_attention as peer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from genfast.attention_mask import AttentionMask
-from genfast.backends import has_fused, override
+from genfast.backends import has_fused
 from genfast.ops.attention import FAMILY, LARGEST_HEAD, attention
 
 __all__ = ["flex_attention", "scaled_dot_product_attention"]
@@ -51,9 +49,6 @@ __all__ = ["flex_attention", "scaled_dot_product_attention"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_WORK = 2**22
 """B H Lq Lk D from which a dense mask that was not seen before is read: below, PyTorch is done sooner."""
-
-LEAST_QUERIES = 16
-"""Per head of keys; with fewer, and no AttentionMask, PyTorch is sooner done on CPUs (:func:`few`)."""
 
 UNKNOWN = object()
 """In place of a mask: PyTorch has to take it."""
@@ -180,16 +175,6 @@ def _has_fused(device: str) -> bool:
     return has_fused(FAMILY, device)
 
 
-def few(q: Tensor, k: Tensor) -> bool:
-    """Whether these are too few queries for the CPU's kernels; never where a backend was ordered."""
-    return q.device.type == "cpu" and q.shape[1] * q.shape[2] < LEAST_QUERIES * k.shape[1] and not _ordered()
-
-
-@torch.compiler.assume_constant_result
-def _ordered() -> bool:
-    return override() is not None
-
-
 def fits(mask: AttentionMask, q: Tensor, k: Tensor) -> bool:
     """Whether the mask is of the tensors' lengths, batch and device."""
     lengths = (mask.q_len, mask.kv_len) == (q.shape[-2], k.shape[-2])
@@ -219,9 +204,9 @@ def of_attn_mask(attn_mask, is_causal: bool, q: Tensor, k: Tensor):
         return attn_mask
     if attn_mask is None:
         if not is_causal:
-            return UNKNOWN if few(q, k) else None
-        return UNKNOWN if few(q, k) else causal_mask(q.shape[2], k.shape[2], q.device)
-    if is_causal or few(q, k) or not isinstance(attn_mask, Tensor) or torch.compiler.is_compiling():
+            return None
+        return causal_mask(q.shape[2], k.shape[2], q.device)
+    if is_causal or not isinstance(attn_mask, Tensor) or torch.compiler.is_compiling():
         return UNKNOWN
     work = q.numel() * k.shape[2]
     return of_dense(attn_mask, q, k, read=q.device.type == "cpu" and work >= LEAST_WORK)

@@ -30,7 +30,7 @@ from genfast.dropin.block_draws import fused_draw, probabilities, published_draw
 from genfast.ops import token_sampling as ops
 from genfast.ops.token_sampling import TokenSample
 from genfast.samplers.text.block_diffusion import Decoder, block_layout, strategy
-from genfast.samplers.text.cache import Recomputed, positions
+from genfast.samplers.text.cache import Recomputed
 from genfast.samplers.text.layout import Layout
 from genfast.samplers.text.output import Output
 from genfast.samplers.text.run import Run, even_counts
@@ -168,8 +168,7 @@ class Stored(Recomputed):
         output, _ = run.evaluate(
             run.x[:, first:last],
             first=first,
-            attention_mask=self.mask(first, last),
-            position_ids=positions(run.layout, first, last),
+            **self.options(first, last),
             past_key_values=self.cache,
             use_cache=True,
             store_kv=store_kv,

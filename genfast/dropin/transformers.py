@@ -16,10 +16,10 @@ caller's own mask, block causal say, is passed as a BlockMask, which models hand
 or as a dense one [B, 1, Lq, Lk], bool or of 0 and the dtype's least number, which is read at its first layer.
 
 On transformers' ``sdpa`` (``flex_attention`` for a BlockMask) runs what :mod:`genfast.dropin.attention` leaves to
-PyTorch: masks of more than two runs per row, dropout in training, position biases, paged caches, float64, and on CPUs
-steps of few queries. What ``sdpa`` does not compute (``softcap``, attention sinks) is refused; like it, this returns no
-attention weights. A query that sees no key (padding before a causal text) has 0 here and under ``sdpa``, the mean of
-all values under ``eager``: what a model says at padding differs, and nothing else.
+PyTorch: masks of more than two runs per row, dropout in training, position biases, paged caches and float64. What
+``sdpa`` does not compute (``softcap``, attention sinks) is refused; like it, this returns no attention weights. A
+query that sees no key (padding before a causal text) has 0 here and under ``sdpa``, the mean of all values under
+``eager``: what a model says at padding differs, and nothing else.
 
 Under ``torch.compile`` and export, masks that depend on values (padding; packed documents, for which a decoder without
 a cache is always searched) are dense, and run on PyTorch. A model that asks for a mask to compute with
@@ -41,7 +41,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from genfast.attention_mask import AttentionMask
-from genfast.dropin.attention import UNKNOWN, autocast, causal_mask, few, fits, of_block_mask, of_dense, takes
+from genfast.dropin.attention import UNKNOWN, autocast, causal_mask, fits, of_block_mask, of_dense, takes
 from genfast.ops.attention import attention
 
 NAME = "genfast"
@@ -132,7 +132,7 @@ def genfast_attention_forward(
     mask = _structure(module, attention_mask, is_causal, query, key)
     own = kwargs.get("position_bias") is None and kwargs.get("cache") is None and dropout == 0
     q, k, v = autocast(query, key, value)
-    if mask is not UNKNOWN and own and takes(q, k, v, True) and not few(q, k):
+    if mask is not UNKNOWN and own and takes(q, k, v, True):
         out = attention(q, k, v, mask=mask, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
     options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)

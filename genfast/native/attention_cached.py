@@ -1,4 +1,4 @@
-"""Marshalling of ``attention_cached`` to the native CPU modules."""
+"""Marshalling of ``attention_cached`` and ``cache_write`` to the native CPU modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _ABSENT = (0, 0, 0, 0, 0)
 @functools.cache
 def bind(module, override: ContextVar) -> SimpleNamespace:
     """The ops of this part of the family over one native module."""
-    return SimpleNamespace(attention_cached=functools.partial(_attention_cached, module))
+    return SimpleNamespace(
+        attention_cached=functools.partial(_attention_cached, module),
+        cache_write=functools.partial(_cache_write, module),
+    )
 
 
 def _attention_cached(
@@ -23,8 +26,7 @@ def _attention_cached(
 ) -> None:
     q, keys, values = map(_rows, (q, keys, values))
     k, v = (t if t is None else _rows(t) for t in (k, v))
-    page_size = keys.shape[2] if table is not None else 0
-    capacity = keys.shape[2] if table is None else table.shape[1] * page_size
+    capacity = keys.shape[2] * (1 if table is None else table.shape[1])
     module.attention_cached(
         _heads(q),
         _ABSENT if k is None else _heads(k),
@@ -34,9 +36,32 @@ def _attention_cached(
         _heads(out),
         lse.data_ptr(),
         lengths=lengths.data_ptr(),
-        table=(address(table), 0 if table is None else table.stride(0), page_size),
-        rope=(address(cos), address(sin), address(first), 0 if cos is None else cos.shape[0], interleaved),
+        table=_table(table, keys),
+        rope=_rope(cos, sin, first, interleaved),
         batch_heads=(q.shape[0], q.shape[1], keys.shape[1]),
         sizes=(q.shape[2], 0 if k is None else k.shape[2], capacity, q.shape[3], values.shape[3]),
         scale=scale,
     )
+
+
+def _cache_write(module, k, v, keys, values, table, first, end, cos, sin, *, interleaved) -> None:
+    k, v = _rows(k), _rows(v)
+    module.cache_write(
+        _heads(k),
+        _heads(v),
+        _heads(keys),
+        _heads(values),
+        first=first.data_ptr(),
+        end=end.data_ptr(),
+        table=_table(table, keys),
+        rope=_rope(cos, sin, first, interleaved),
+        sizes=(*k.shape, v.shape[3]),
+    )
+
+
+def _table(table, keys):
+    return (0, 0, 0) if table is None else (table.data_ptr(), table.stride(0), keys.shape[2])
+
+
+def _rope(cos, sin, first, interleaved):
+    return (address(cos), address(sin), address(first), 0 if cos is None else cos.shape[0], interleaved)

@@ -96,9 +96,8 @@ def attention_cached(
         # The positions of now: an append moves the ends of the rows.
         first = first.clone() if write == "append" else first.contiguous()
     if write is not None:
-        if rope is not None:
-            todo = (reference.rotate(k.detach(), first, cos, sin, interleaved), *todo[1:])
-        (cache._append if write == "append" else cache._rewrite)(*todo)
+        turn = None if rope is None else (cos, sin, interleaved)
+        (cache._append if write == "append" else cache._rewrite)(*todo, rope=turn)
         k = v = None
     call = _attention_cached_op if torch.compiler.is_compiling() else _attention_cached
     out, lse = call(

@@ -1,4 +1,4 @@
-"""Attention over a cache and an active block in plain PyTorch: the specification of ``attention_cached``.
+"""Attention over a cache and an active block in plain PyTorch: ``attention_cached`` and ``cache_write``.
 
 Row b has keys and values at positions 0 ... lengths[b] - 1 of the cache, and behind them those of the block. Every
 query sees all of them; the arithmetic is that of :mod:`genfast.reference.attention`.
@@ -32,6 +32,31 @@ def rotate(x: Tensor, first: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 def rows(store: Tensor, table: Tensor | None) -> Tensor:
     """[B, Hkv, capacity, D] of what a cache stores."""
     return store if table is None else store[table.long()].transpose(1, 2).flatten(2, 3)
+
+
+def cache_write(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, first: Tensor, end: Tensor,
+    cos: Tensor | None, sin: Tensor | None, *, interleaved: bool,
+) -> None:  # fmt: skip
+    """Row i of k, rotated, and of v goes to position first[b] + i of keys and values, if that is in [0, end[b]).
+
+    keys and values are [B, Hkv, capacity + 1, .] or, with a table, [pages + 1, Hkv, page_size, .]; their last position
+    or page takes what is dropped.
+    """
+    if cos is not None:
+        k = rotate(k, first, cos, sin, interleaved)
+    at = first[:, None] + torch.arange(k.shape[2], device=k.device)
+    inside = (at >= 0) & (at < end[:, None])
+    if table is None:
+        pages = torch.arange(k.shape[0], device=k.device)[:, None]
+        at = at.where(inside, keys.shape[2] - 1)
+    else:
+        page_size = keys.shape[2]
+        column = torch.div(at, page_size, rounding_mode="floor").clamp(0, table.shape[1] - 1)
+        pages = table.gather(1, column).long().where(inside, keys.shape[0] - 1)
+        at = at.remainder(page_size)
+    for memory, t in ((keys, k), (values, v)):
+        memory[pages, :, at] = t.transpose(1, 2)
 
 
 def attention_cached(

@@ -68,7 +68,8 @@ def generate_block_diffusion(
             m], true where the query may see the key (the last n of m columns are those of ids); position_ids int64
             [B, n], counted from a row's first token. With ``cache`` also ``past_key_values``, the cache of the first
             m - n columns (None at first), and ``use_cache=True``; the answer then holds ``past_key_values`` of all m:
-            an object with ``crop``, or a tuple of (keys, values). Position i of the logits speaks of token i.
+            an object with ``crop``, or a tuple of (keys, values). Those of the last block are dropped; an object need
+            not hold them. Position i of the logits speaks of token i.
         prompt, prompt_lengths, pad_id: see :class:`~genfast.samplers.text.layout.Layout`; all is moved to
             ``model.device`` if there is one.
         gen_length: how many tokens to generate.

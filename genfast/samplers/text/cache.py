@@ -54,13 +54,18 @@ class Recomputed:
 
     def __init__(self, run: Run, block_length: int, form: Callable[[Tensor], Tensor] = lambda mask: mask):
         self.run, self.block_length, self.form = run, block_length, form
+        self._columns, self._options = None, {}
 
-    def mask(self, first: int, last: int) -> Tensor:
-        return self.form(block_causal(self.run.layout, first, last, self.block_length))
+    def options(self, first: int, last: int) -> dict[str, Tensor]:
+        """What the model is told about the columns [first, last); the steps of a block share it."""
+        if self._columns != (first, last):
+            layout, self._columns = self.run.layout, (first, last)
+            mask = self.form(block_causal(layout, first, last, self.block_length))
+            self._options = dict(attention_mask=mask, position_ids=positions(layout, first, last))
+        return self._options
 
     def __call__(self, first: int, last: int) -> Output:
-        run, mask = self.run, self.mask(0, last)
-        output, _ = run.evaluate(run.x[:, :last], attention_mask=mask, position_ids=positions(run.layout, 0, last))
+        output, _ = self.run.evaluate(self.run.x[:, :last], **self.options(0, last))
         return Output(output.logits[:, first:], first=first)
 
 
@@ -80,8 +85,7 @@ class Cached(Recomputed):
         output, answer = run.evaluate(
             run.x[:, start:last],
             first=start,
-            attention_mask=self.mask(start, last),
-            position_ids=positions(run.layout, start, last),
+            **self.options(start, last),
             past_key_values=self.cache,
             use_cache=True,
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genfast._registry import export
 from genfast.samplers.progress import bar
+from genfast.samplers.text.cache import cropped
 from genfast.samplers.text.layout import Layout
 from genfast.samplers.text.llada import MASK_ID, block_steps, remasking_options
 from genfast.samplers.text.output import Output
@@ -53,10 +54,10 @@ def generate_fast_dllm(
     Args:
         model: as for :func:`generate_llada`. With a cache it is called in the published way: ``model(ids,
             use_cache=True)`` for all of x at the start of a block, and its answer's ``past_key_values``, per layer a
-            tuple of tensors [B, heads, L, d], come back to it: ``"prefix"``, those of the positions before the block
-            with the ids from the block on; ``"dual"``, all of them with the block's ids and ``replace_position``, bool
-            [B, L], the positions whose keys and values the model is to overwrite. ``attention_mask`` int64 [B, L]
-            covers cached positions too; it comes only where prompts are padded.
+            tuple of tensors [B, heads, L, d] (or all in an object with ``crop``), come back to it: ``"prefix"``, those
+            of the positions before the block with the ids from the block on; ``"dual"``, all of them with the block's
+            ids and ``replace_position``, bool [B, L], the positions whose keys and values the model is to overwrite.
+            ``attention_mask`` int64 [B, L] covers cached positions too; it comes only where prompts are padded.
         threshold: unmask all positions whose confidence is at least this, the most confident one in any case.
         factor: unmask the k most confident ones, the largest k with the k-th confidence >= 1 - factor / (k + 1), at
             least one.
@@ -155,10 +156,13 @@ class Block:
             output, answer = run.evaluate(use_cache=True)
             self.past = answer.past_key_values
             if self.cache == "prefix":
-                self.past = [tuple(t[:, :, :first] for t in layer) for layer in self.past]
+                self.past = cropped(self.past, first)
             return output
         if self.cache == "prefix":
-            return run.evaluate(run.x[:, first:], first=first, past_key_values=self.past, use_cache=True)[0]
+            output, _ = run.evaluate(run.x[:, first:], first=first, past_key_values=self.past, use_cache=True)
+            if hasattr(self.past, "crop"):  # it may have grown
+                self.past.crop(first)
+            return output
         replace = torch.zeros_like(run.x, dtype=torch.bool)
         replace[:, first:last] = True
         return run.evaluate(

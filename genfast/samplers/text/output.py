@@ -60,12 +60,14 @@ class Output:
         if not self.first <= first <= last <= self.first + columns:
             raise ValueError(f"columns {first} to {last} are not among {self.first} to {self.first + columns}")
         shape = (batch, last - first)
-        places = torch.arange(first - self.first, last - self.first, device=ids.device)
-        rows = (places + columns * torch.arange(batch, device=ids.device)[:, None]).reshape(-1)
-        picked = None
+        picked = rows = None
         if where is not None and ids.device.type == "cpu":
-            picked = where.reshape(-1).nonzero()[:, 0]
-            rows, ids = rows[picked], ids.reshape(-1)[picked]
+            rows = picked = where.reshape(-1).nonzero()[:, 0]
+            ids = ids.reshape(-1)[picked]
+        if picked is None or shape[1] != columns:
+            places = torch.arange(first - self.first, last - self.first, device=ids.device)
+            rows = (places + columns * torch.arange(batch, device=ids.device)[:, None]).reshape(-1)
+            rows = rows if picked is None else rows[picked]
         seeded = options.get("generator") is None and options.get("noise") is None
         found = self.draw(rows, row_ids=ids.reshape(-1) if seeded else None, **options)
 

@@ -90,6 +90,7 @@ class Run:
         self.order = torch.zeros(self.x.shape, dtype=torch.int32, device=self.x.device)
         self.step = self.stream = self.evaluations = 0
         self.callback, self.advance, self.head = callback, advance, head
+        self._ids: tuple[tuple[int, int], Tensor] | None = None
 
     @property
     def randomness(self) -> dict:
@@ -118,8 +119,11 @@ class Run:
 
     def ids(self, first: int, last: int) -> Tensor:
         """Identities [B, last - first] of positions: :meth:`Layout.row_ids`."""
-        per_row = isinstance(self.seed, Tensor) and self.seed.dim() == 1
-        return self.layout.row_ids(torch.arange(first, last, device=self.x.device), self.offset, per_row)
+        if self._ids is None or self._ids[0] != (first, last):  # the steps of a block share them
+            per_row = isinstance(self.seed, Tensor) and self.seed.dim() == 1
+            columns = torch.arange(first, last, device=self.x.device)
+            self._ids = (first, last), self.layout.row_ids(columns, self.offset, per_row)
+        return self._ids[1]
 
     def select(self, confidence: Tensor, candidates: Tensor, n=1, **options) -> Tensor:
         """:func:`genfast.select_transfer` with this step's numbers.
@@ -143,7 +147,7 @@ class Run:
         written = selected & (block != self.mask_id)
         self.step += 1
         self.stream += 1
-        self.order[:, first:last] = torch.where(written, self.step, self.order[:, first:last])
+        self.order[:, first:last].masked_fill_(written, self.step)
         self.end_step(first, last)
         return left, finished
 
