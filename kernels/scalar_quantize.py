@@ -1,10 +1,7 @@
 """Finite scalar quantisation. ``genfast.reference.scalar_quantize`` is the specification, for levels to the bit.
 
-A program has a tile of rows and takes their numbers one dimension after the other: with channels first these are
-neighbours in memory, with channels last the lines that the first dimension has brought serve the others. A number's
-level is the count of the steps at or below it, which are in the cache for all programs.
-
-LFQ and BSQ have no Triton kernels: CUDA tensors run their reference.
+A number's level is the count of the steps at or below it, which are in the cache for all programs. The other
+quantisers of this part are in ``binary_quantize.py``.
 """
 
 from __future__ import annotations
@@ -16,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genfast.kernels.binary_quantize import binary_backward, binary_quantize
+from genfast.kernels.scalar_tiles import EXACT, TILE, offset, place, programs_of, rounded
+from genfast.layout import merged
 from genfast.reference import scalar_quantize as reference
 
-TILE = 256
-EXACT = {"num_warps": 4, "enable_fp_fusion": False}
+__all__ = ["binary_backward", "binary_quantize", "fsq_backward", "fsq_quantize"]
 
 
 @functools.lru_cache(64)
@@ -32,19 +31,6 @@ def tables(levels: tuple[int, ...], symmetric: bool, clamp: bool, device) -> tup
         shapes.append((shift, height * reference.slope_unit(count, symmetric)))
     made = (torch.tensor(steps), torch.tensor(levels), torch.tensor(shapes))
     return tuple(t.to(device) for t in made)
-
-
-@triton.jit
-def _place(row, rows, groups):
-    """(batch, row of the batch, group) of a row of all."""
-    group = row % groups
-    line = row // groups
-    return line // rows, line % rows, group
-
-
-@triton.jit
-def _offset(place, strides):
-    return place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
 
 
 @triton.jit
@@ -67,15 +53,14 @@ def _code(k, count, SYMMETRIC: tl.constexpr):
     return code
 
 
-@triton.jit(do_not_specialize=["all_rows", "rows", "groups"])
+@triton.jit(do_not_specialize=["length"])
 def fsq_kernel(
-    z, z_strides, noise, noise_strides, codes, codes_strides, indices, steps, levels, all_rows, rows, groups,
+    z, z_strides, noise, noise_strides, codes, codes_strides, indices, steps, levels, length, groups,
     SIZE: tl.constexpr, SYMMETRIC: tl.constexpr, NOISE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = row < all_rows
-    place = _place(row, rows, groups)
-    z_at, codes_at, noise_at = _offset(place, z_strides), _offset(place, codes_strides), _offset(place, noise_strides)
+    at = place(length, groups, TILE)
+    inside = at[1] < length
+    z_at, codes_at, noise_at = offset(at, z_strides), offset(at, codes_strides), offset(at, noise_strides)
     index = tl.zeros((TILE,), tl.int64)
     bad = tl.zeros((TILE,), tl.int32)
     basis = tl.full((), 1, tl.int64)
@@ -90,24 +75,23 @@ def fsq_kernel(
             code = tl.minimum(tl.maximum(code, -1.0), 1.0)
         code = tl.where(odd, x, code)
         bad = bad | odd.to(tl.int32)
-        tl.store(codes + codes_at + d * codes_strides[3], code.to(codes.dtype.element_ty), mask=inside)
+        tl.store(codes + codes_at + d * codes_strides[3], rounded(code, codes.dtype.element_ty), mask=inside)
         index += k.to(tl.int64) * basis
         basis *= count
         steps += count - 1
-    tl.store(indices + row, tl.where(bad != 0, -1, index), mask=inside)
+    tl.store(indices + (at[0] * length + at[1]) * groups + at[2], tl.where(bad != 0, -1, index), mask=inside)
 
 
-@triton.jit(do_not_specialize=["all_rows", "rows", "groups"])
+@triton.jit(do_not_specialize=["length"])
 def fsq_backward_kernel(
-    grad, grad_strides, z, z_strides, noise, noise_strides, grad_z, out_strides, steps, levels, shapes, all_rows, rows,
+    grad, grad_strides, z, z_strides, noise, noise_strides, grad_z, out_strides, steps, levels, shapes, length,
     groups,
     SIZE: tl.constexpr, SYMMETRIC: tl.constexpr, CLAMP: tl.constexpr, NOISE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = row < all_rows
-    place = _place(row, rows, groups)
-    z_at, out_at = _offset(place, z_strides), _offset(place, out_strides)
-    grad_at, noise_at = _offset(place, grad_strides), _offset(place, noise_strides)
+    at = place(length, groups, TILE)
+    inside = at[1] < length
+    z_at, out_at = offset(at, z_strides), offset(at, out_strides)
+    grad_at, noise_at = offset(at, grad_strides), offset(at, noise_strides)
     for d in range(SIZE):
         count = tl.load(levels + d)
         x = tl.load(z + z_at + d * z_strides[3], mask=inside, other=0.0).to(tl.float32)
@@ -125,23 +109,20 @@ def fsq_backward_kernel(
             code += tl.load(noise + noise_at + d * noise_strides[3], mask=inside, other=0.0)
             found = tl.where(tl.abs(code) <= 1.0, found, 0.0)
         found = tl.where(x != x, x, found)
-        tl.store(grad_z + out_at + d * out_strides[3], found.to(grad_z.dtype.element_ty), mask=inside)
+        tl.store(grad_z + out_at + d * out_strides[3], rounded(found, grad_z.dtype.element_ty), mask=inside)
         steps += count - 1
-
-
-def _grid(z: Tensor) -> tuple[int]:
-    return (triton.cdiv(z.shape[0] * z.shape[1] * z.shape[2], TILE),)
 
 
 def fsq_quantize(z: Tensor, *, levels, symmetric, clamp, noise, quantized, indices) -> None:
     """See :func:`genfast.fsq_quantize`."""
     if not indices.numel():
         return
+    z, noise, quantized = merged(z, noise, quantized)
     steps, counts, _ = tables(levels, symmetric, clamp, z.device)
     added = z if noise is None else noise
-    fsq_kernel[_grid(z)](
-        z, z.stride(), added, added.stride(), quantized, quantized.stride(), indices, steps, counts, indices.numel(),
-        z.shape[1], z.shape[2], SIZE=len(levels), SYMMETRIC=symmetric, NOISE=noise is not None, TILE=TILE, **EXACT,
+    fsq_kernel[(programs_of(z),)](
+        z, z.stride(), added, added.stride(), quantized, quantized.stride(), indices, steps, counts, z.shape[1],
+        z.shape[2], SIZE=len(levels), SYMMETRIC=symmetric, NOISE=noise is not None, TILE=TILE, **EXACT,
     )  # fmt: skip
 
 
@@ -149,10 +130,11 @@ def fsq_backward(grad: Tensor, z: Tensor, *, levels, symmetric, clamp, noise, gr
     """The gradient of z."""
     if not z.numel():
         return
+    z, noise, grad, grad_z = merged(z, noise, grad, grad_z)
     steps, counts, shapes = tables(levels, symmetric, clamp, z.device)
     added = z if noise is None else noise
-    fsq_backward_kernel[_grid(z)](
+    fsq_backward_kernel[(programs_of(z),)](
         grad, grad.stride(), z, z.stride(), added, added.stride(), grad_z, grad_z.stride(), steps, counts, shapes,
-        z.shape[0] * z.shape[1] * z.shape[2], z.shape[1], z.shape[2], SIZE=len(levels), SYMMETRIC=symmetric,
-        CLAMP=clamp, NOISE=noise is not None, TILE=TILE, **EXACT,
+        z.shape[1], z.shape[2], SIZE=len(levels), SYMMETRIC=symmetric, CLAMP=clamp, NOISE=noise is not None, TILE=TILE,
+        **EXACT,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from genfast.layout import merged
 from genfast.native.direct import DTYPE_CODES
 from genfast.native.token_sampling import address
 from genfast.reference import scalar_quantize as reference
@@ -35,14 +36,6 @@ def tables(levels: tuple[int, ...], symmetric: bool, clamp: bool) -> tuple[Tenso
     return torch.tensor(steps, dtype=torch.float32), torch.tensor(shapes, dtype=torch.float32)
 
 
-def _merged(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """[B, S, ...] as [1, B S, ...], where that is a view of all: rows are worked on in runs of S."""
-    given = [t for t in tensors if t is not None]
-    if given[0].shape[0] == 1 or any(t.stride(0) != t.shape[1] * t.stride(1) for t in given):
-        return tensors
-    return tuple(None if t is None else t.flatten(0, 1)[None] for t in tensors)
-
-
 def _vectors(t: Tensor | None):
     return (0, 0, (0, 0, 0, 0)) if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype], t.stride())
 
@@ -56,13 +49,13 @@ def _levels(levels, symmetric: bool, clamp: bool, z: Tensor, noise: Tensor | Non
 
 
 def _fsq_quantize(module, z, *, levels, symmetric, clamp, noise, quantized, indices) -> None:
-    z, noise, quantized = _merged(z, noise, quantized)
+    z, noise, quantized = merged(z, noise, quantized)
     arguments = _levels(levels, symmetric, clamp, z, noise)
     module.fsq_quantize(**arguments, codes=_vectors(quantized), indices=indices.data_ptr())
 
 
 def _fsq_backward(module, grad, z, *, levels, symmetric, clamp, noise, grad_z) -> None:
-    z, noise, grad, grad_z = _merged(z, noise, grad, grad_z)
+    z, noise, grad, grad_z = merged(z, noise, grad, grad_z)
     arguments = _levels(levels, symmetric, clamp, z, noise)
     module.fsq_backward(**arguments, grad=_vectors(grad), grad_z=_vectors(grad_z))
 
@@ -78,7 +71,7 @@ def _bits(z: Tensor, radius, magnitude: float, sharpness: float, block, least: f
 def _binary_quantize(
     module, z, *, radius, magnitude, sharpness, block, least, mask, quantized, indices, entropies, mean, commitment
 ) -> None:
-    z, mask, quantized = _merged(z, mask, quantized)
+    z, mask, quantized = merged(z, mask, quantized)
     module.binary_quantize(
         **_bits(z, radius, magnitude, sharpness, block, least, mask), codes=_vectors(quantized),
         indices=indices.data_ptr(), entropies=address(entropies), mean=address(mean), commitment=address(commitment),
@@ -89,7 +82,7 @@ def _binary_backward(
     module, grad, grad_entropies, grad_mean, grad_commitment, z, *,
     radius, magnitude, sharpness, block, least, mask, grad_z,
 ) -> None:  # fmt: skip
-    z, mask, grad, grad_z = _merged(z, mask, grad, grad_z)
+    z, mask, grad, grad_z = merged(z, mask, grad, grad_z)
     grad_mean = None if grad_mean is None else grad_mean.contiguous()
     module.binary_backward(
         **_bits(z, radius, magnitude, sharpness, block, least, mask), grad=_vectors(grad), grad_z=_vectors(grad_z),
