@@ -272,9 +272,9 @@ def mean_kernel(
     tl.store(to + (high[:, None] << LOW) + low[None, :], total, mask=within)
 
 
-@triton.jit(do_not_specialize=["all_rows"])
+@triton.jit(do_not_specialize=["all_rows", "highs", "lows"])
 def code_entropy_kernel(
-    bits, sums, all_rows, groups, lowest,
+    bits, sums, all_rows, groups, lowest, highs, lows,
     SIZE: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, LOW_TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """- sum p max(log p, lowest) of a tile of rows."""
@@ -287,21 +287,21 @@ def code_entropy_kernel(
     high_at = bits + which % BLOCKS * (HIGH + LOW) * step + (which // BLOCKS).to(tl.int64) * all_rows + row
     low_at = high_at + HIGH * step
     total = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, 1 << LOW, LOW_TILE):
+    for first in range(0, lows, LOW_TILE):
         low = first + tl.arange(0, LOW_TILE)
         b = _factors(low_at, plane, step, inside, low, LOW, False, ROWS)
-        b = tl.where((low < (1 << LOW))[None, :], b, 0.0)
+        b = tl.where((low < lows)[None, :], b, 0.0)
         log_b = _factors(low_at + 2 * plane, plane, step, inside, low, LOW, True, ROWS)
-        for high in range(1 << HIGH):
+        for high in range(highs):
             a = _factor(high_at, plane, step, inside, high, HIGH, False, ROWS)
             log_a = _factor(high_at + 2 * plane, plane, step, inside, high, HIGH, True, ROWS)
             total += a * tl.sum(b * tl.maximum(log_a[:, None] + log_b, lowest), 1)
     tl.store(sums + tl.program_id(0) * tl.num_programs(1) + which, -tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["all_rows"])
+@triton.jit(do_not_specialize=["all_rows", "highs", "lows"])
 def code_gradient_kernel(
-    bits, grad_mean, scales, grad_logits, all_rows, groups, lowest,
+    bits, grad_mean, scales, grad_logits, all_rows, groups, lowest, highs, lows,
     SIZE: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, MEAN: tl.constexpr, ENTROPY: tl.constexpr,
     BITS: tl.constexpr, LOW_TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -320,15 +320,15 @@ def code_gradient_kernel(
     bit = tl.arange(0, BITS)
     zero = tl.zeros((ROWS, BITS), tl.float32)
     one = tl.zeros((ROWS, BITS), tl.float32)
-    for first in range(0, 1 << LOW, LOW_TILE):
+    for first in range(0, lows, LOW_TILE):
         low = first + tl.arange(0, LOW_TILE)
-        known = low < (1 << LOW)
+        known = low < lows
         b = _factors(low_at, plane, step, inside, low, LOW, False, ROWS)
         b = tl.where(known[None, :], b, 0.0)
         along = tl.zeros((ROWS, LOW_TILE), tl.float32)
         if ENTROPY:
             log_b = _factors(low_at + 2 * plane, plane, step, inside, low, LOW, True, ROWS)
-        for high in range(1 << HIGH):
+        for high in range(highs):
             a = _factor(high_at, plane, step, inside, high, HIGH, False, ROWS)
             g = tl.zeros((ROWS, LOW_TILE), tl.float32)
             if MEAN:
@@ -358,6 +358,11 @@ def code_gradient_kernel(
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
+def _halves(block: int) -> tuple[int, int]:
+    """How many codes they have. Arguments and no constants: the compiler would unroll the loops over them."""
+    return 1 << block // 2, 1 << (block + 1) // 2
+
+
 def _tiles(block: int) -> tuple[dict, dict]:
     """(constants of ``mean_kernel``, of the kernels that go through all codes of some rows)"""
     high, low = block // 2, (block + 1) // 2
@@ -382,7 +387,7 @@ def _bits(z: Tensor, mask, radius, magnitude, sharpness, logs: bool) -> tuple[Te
 
 def _mask_arguments(z: Tensor, mask: Tensor | None) -> tuple:
     """Bytes; an unused pointer needs something to point at."""
-    return (z, (0, 0)) if mask is None else (mask.view(torch.uint8), mask.stride())
+    return (z, (0, 0)) if mask is None else (mask.view(torch.int8), mask.stride())
 
 
 def _counted(z: Tensor, mask: Tensor | None) -> Tensor:
@@ -412,16 +417,17 @@ def binary_quantize(
     partial = z.new_zeros((chunks, *mean.shape), dtype=torch.float64)
     total = sums.sum(0, dtype=torch.float64)
     if rows:
-        down, across = (triton.cdiv(1 << for_mean[k], for_mean[f"{k}_TILE"]) for k in ("HIGH", "LOW"))
+        tiled = zip(_halves(block), (for_mean["HIGH_TILE"], for_mean["LOW_TILE"]))
+        down, across = (triton.cdiv(codes, tile) for codes, tile in tiled)
         mean_kernel[(down * across * groups * blocks, chunks)](
-            bits, partial, rows, groups, triton.cdiv(tiles, chunks), SIZE=size, **for_mean, **EXACT
+            bits, partial, rows, groups, triton.cdiv(tiles, chunks), SIZE=size, **for_mean, **{**EXACT, "num_warps": 8}
         )
     found = total[0]
     if least:
         sums = z.new_zeros((tiles, groups * blocks), dtype=torch.float32)
         if rows:
             code_entropy_kernel[(tiles, groups * blocks)](
-                bits, sums, rows, groups, math.log(least), SIZE=size, **for_rows, **EXACT
+                bits, sums, rows, groups, math.log(least), *_halves(block), SIZE=size, **for_rows, **EXACT
             )
         found = sums.sum(dtype=torch.float64)
     count = _counted(z, mask)
@@ -451,8 +457,8 @@ def binary_backward(
         logits = torch.empty_like(bits[0])
         code_gradient_kernel[(triton.cdiv(rows, ROWS), groups * (size // block))](
             bits, z if grad_mean is None else grad_mean.contiguous(), scales, logits, rows, groups,
-            math.log(least) if least else 0.0, SIZE=size, MEAN=grad_mean is not None, ENTROPY=least > 0,
-            BITS=max(4, triton.next_power_of_2(block)), **_tiles(block)[1], **EXACT,
+            math.log(least) if least else 0.0, *_halves(block), SIZE=size, MEAN=grad_mean is not None,
+            ENTROPY=least > 0, BITS=max(4, triton.next_power_of_2(block)), **_tiles(block)[1], **EXACT,
         )  # fmt: skip
     passed = z if grad is None else grad
     row_gradient_kernel[(programs_of(z),)](

@@ -160,8 +160,8 @@ struct Sums {
 
 // Adds a tile's entropies of bits and squared distances.
 void add_numbers(const BinaryArgs& a, const Rows& rows, Sums& sums) {
-  vf entropies{}, squares{};
-  for (int64_t d = 0; d < a.shape.size; d++)
+  for (int64_t d = 0; d < a.shape.size; d++) {
+    vf entropies{}, squares{};
     for (int64_t i = 0; i < kTile; i += kLanes) {
       const int64_t at = d * kTile + i;
       const vi counts = load<vi>(rows.counts + i);
@@ -177,8 +177,9 @@ void add_numbers(const BinaryArgs& a, const Rows& rows, Sums& sums) {
       // 0 times infinity is 0 here; NaN stays.
       entropies += only(counts, only(~(unlikely == vf{}), rest) - log);
     }
-  sums.entropies += total(entropies);
-  sums.squares += total(squares);
+    sums.entropies += total(entropies);
+    sums.squares += total(squares);
+  }
 }
 
 // Adds a row's probabilities of a block to `cells`; returns sum p log max(p, least) if there is a least.

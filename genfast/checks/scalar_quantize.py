@@ -87,6 +87,9 @@ class ScalarCase:
         return indices, [*(t.detach() for t in found), torch.autograd.grad(loss, z)[0]]
 
 
+LAYOUT = dict(mask=True, inv_temperature=3.0)
+"""Of the cases that are about layouts: at 100 the gradient is that of the one or two numbers nearest to 0, and whether
+theirs or ours has the smaller error is chance."""
 LEVELS = ((8, 8, 8, 5, 5, 5), (3,), (4, 7, 100), (8, 6, 5), (7, 5, 5, 5, 5))
 
 
@@ -119,7 +122,7 @@ def cases(quick: bool = False) -> list[ScalarCase]:
         ):
             found += [ScalarCase(op, 200, 12, options=options, losses=True)]
         found += [
-            ScalarCase(op, 70, 6, groups=groups, layout=layout, dtype=dtype, losses=True, options=dict(mask=True))
+            ScalarCase(op, 70, 6, groups=groups, layout=layout, dtype=dtype, losses=True, options=LAYOUT)
             for layout in LAYOUTS
             for groups, dtype in ((None, F32), (3, F32), (1, BF16), (2, F16))
         ]
@@ -137,8 +140,8 @@ def check(case: ScalarCase, device) -> tuple[float, float]:
     if not torch.equal(indices, expected):
         return float("inf"), 0.0
     found = [compare(*three) for three in zip(got, oracle, plain, strict=True)]
-    # Three roundings for means: they do not average out what an exponential's roundings have in common.
-    extra = [0.0 if o.dim() else 2 * EPSILON * abs(o.item()) for o in oracle]
-    found = [(error, allowed + more) for (error, allowed), more in zip(found, extra, strict=True)]
+    if case.losses:  # of a difference, one rounding is one of what it is the difference of
+        error, allowed = found[3]
+        found[3] = error, allowed + EPSILON * (oracle[1].abs() + oracle[2].abs()).item()
     error, allowed = max(found, key=lambda pair: pair[0] / (pair[1] + NOTHING), default=(0.0, 0.0))
     return error, allowed + NOTHING
