@@ -1,4 +1,5 @@
-"""How the tensors of one elementwise step lie in memory: as [batch, inner] with one stride per tensor."""
+"""How the tensors of one elementwise step lie in memory: as [batch, inner] with one stride per tensor; of rows: as
+[batch, rows, ...]."""
 
 from __future__ import annotations
 
@@ -61,3 +62,11 @@ def give_back(targets: Sequence[Tensor | None], results: Sequence[Tensor | None]
     for target, result in zip(targets, results):
         if target is not result:
             target.copy_(result)
+
+
+def merged(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """[B, S, ...] as [1, B S, ...], where that is a view of all: rows are worked on in runs of S."""
+    given = [t for t in tensors if t is not None]
+    if given[0].shape[0] == 1 or any(t.stride(0) != t.shape[1] * t.stride(1) for t in given):
+        return tensors
+    return tuple(None if t is None else t.flatten(0, 1)[None] for t in tensors)

@@ -1,8 +1,8 @@
 // The softmax of attention, tile by tile: scores become probabilities relative to a base of their row.
 #pragma once
 #include "cpu/attention_tiles.h"
+#include "cpu/exponential.h"
 #include "cpu/simd.h"
-#include "cpu/token_math.h"
 #include "cpu/transpose.h"
 
 namespace genfast {
@@ -11,37 +11,6 @@ namespace {
 // What was summed is scaled down when a score exceeds the base of its row by more than this, and not for every new
 // largest score: sums of e^kSlack and less are as accurate, and the base seldom changes after the first tiles.
 constexpr float kSlack = 8.0f;
-
-struct ExpP {
-  float c[7];
-  constexpr ExpP() : c() {
-    double power = 1;
-    for (int i = 0; i < 7; i++, power *= 1.4426950408889634) c[i] = (float)(kExp2P[i] * power);
-  }
-};
-constexpr ExpP kExpP;  // e^r on [-ln 2 / 2, ln 2 / 2]
-
-// e^x, 0 below e^-60; NaN stays NaN. With x = n ln 2 + r, what ln 2 in a float lacks is less than a rounding of the
-// result down to e^-20, and has no weight beside 1 after that.
-inline vf exponential(vf x) {
-  constexpr float kLowest = -60.0f, kLn2 = 0.693147180559945f;
-#if defined(__AVX512F__)
-  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(kLowest), _CMP_NLE_UQ);
-  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * splat(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  x = larger(splat(kLowest), x);
-  const vi kept = ~(x <= splat(kLowest));
-  const vf big = fma_exact(x, splat(kLog2E), splat(kRoundToInteger)), n = big - splat(kRoundToInteger);
-#endif
-  const vf r = fma_exact(n, splat(-kLn2), x);
-  vf p = splat(kExpP.c[6]);
-  for (int i = 5; i >= 0; i--) p = fma_exact(p, r, splat(kExpP.c[i]));
-#if defined(__AVX512F__)
-  return (vf)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
-#else
-  return as_float(as_int(times_power(p, as_int(big) - as_int(splat(kRoundToInteger)))) & kept);
-#endif
-}
 
 // Of up to kRows rows: what `soften` hands on, and where it puts a vector of each row to combine its lanes.
 struct Softening {

@@ -7,6 +7,7 @@ from genfast.ops import (  # noqa: F401
     kmeans,
     nearest_code_index,
     sampler_step,
+    scalar_quantize,
     token_head,
     token_masking,
     token_sampling,
