@@ -8,6 +8,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/dtype.h"
+#include "cpu/exponential.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
 #include "cpu/small_gemm.h"
@@ -170,20 +171,6 @@ inline vi seen_lanes(const int32_t* range, int64_t first) {
   at += (vi{} + (int32_t)first);
   return ((at >= (vi{} + range[0])) & (at < (vi{} + range[1]))) |
          ((at >= (vi{} + range[2])) & (at < (vi{} + range[3])));
-}
-
-// e^x, 0 below e^-60; NaN stays NaN. With x = k ln 2 + r, r is made in two steps, so that the error is that of the
-// polynomial (of 2^(r log2 e)) whatever x is.
-inline vf exponential(vf x) {
-  constexpr float kLowest = -60.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  x = larger(splat(kLowest), x);
-  const vi gone = x <= splat(kLowest);
-  const vf big = fma_exact(x, splat(kLog2E), splat(kRoundToInteger)), k = big - splat(kRoundToInteger);
-  const vf r = fma_exact(k, splat(-kLn2Low), fma_exact(k, splat(-kLn2High), x)) * splat(kLog2E);
-  const vi n = as_int(big) - as_int(splat(kRoundToInteger));
-  vf p = splat(kExp2P[6]);
-  for (int i = 5; i >= 0; i--) p = fma_exact(p, r, splat(kExp2P[i]));
-  return as_float(as_int(times_power(p, n)) & ~gone);
 }
 
 inline float largest_lane(vf v) {

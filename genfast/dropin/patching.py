@@ -88,6 +88,12 @@ PEERS = {
     "diffusers": Names("diffusers", "diffusers", ("0.42",), ("diffusers", "diffusers.schedulers")),
     "k_diffusion": Names("k_diffusion", "k-diffusion", ("0.1.1",), ("k_diffusion.sampling",)),
     "transformers": Registry("transformers", "transformers", ("5.23",)),
+    "vector_quantize_pytorch": Names(
+        "vector_quantize_pytorch",
+        "vector-quantize-pytorch",
+        ("1.32.0",),
+        ("vector_quantize_pytorch.finite_scalar_quantization", "vector_quantize_pytorch.lookup_free_quantization"),
+    ),
 }
 
 
@@ -143,10 +149,12 @@ def patch(peer: str) -> Patched:
     After ``genfast.patch("transformers")``, models take ``attn_implementation="genfast"``: their attention is
     :func:`attention`, their masks are structures (``genfast/dropin/transformers.py``).
 
+    After ``genfast.patch("vector_quantize_pytorch")``, its quantisers are genfast's classes, subclasses of the peer's.
+
     Calling it twice does nothing more. ``with genfast.patch(...):`` undoes it at the end of the block.
 
     Args:
-        peer: ``"diffusers"``, ``"k_diffusion"`` or ``"transformers"``.
+        peer: ``"diffusers"``, ``"k_diffusion"``, ``"transformers"`` or ``"vector_quantize_pytorch"``.
 
     Raises:
         ValueError: an unknown peer.

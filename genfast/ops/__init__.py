@@ -6,6 +6,7 @@ from genfast.ops import (  # noqa: F401
     code_update,
     kmeans,
     sampler_step,
+    scalar_quantize,
     token_head,
     token_masking,
     token_sampling,

@@ -1,0 +1,20 @@
+"""The quantisers of vector-quantize-pytorch: the same classes by inheritance, quantising in one fused pass.
+
+Arguments, buffers, state dicts, projections and what is returned: all as in the peer. A configuration or a call without
+a fused form runs the peer's own ``forward``.
+"""
+
+# ruff: noqa: E402 (the check comes before what it guards)
+from genfast.dropin.patching import PEERS
+
+PEERS["vector_quantize_pytorch"].check()
+
+from genfast.dropin.vector_quantize_pytorch.fsq import FSQ
+from genfast.dropin.vector_quantize_pytorch.lfq import LFQ
+
+__all__ = ["FSQ", "LFQ"]
+
+
+def replacements() -> list[tuple[type, type]]:
+    """(theirs, ours) for every class of this package."""
+    return [(cls.__mro__[1], cls) for cls in map(globals().get, __all__)]
