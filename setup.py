@@ -33,8 +33,8 @@ ISA_FLAGS = {
     "base": "-march=x86-64",
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512bf16": f"{AVX512} -mavx512bf16",
-    "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+    "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
+    "amx": f"{AVX512} -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16",
 }
 """Instruction sets with a module of their own. Another set is one more line here, one in genfast/backends.py, and its
 detection in csrc/cpu/module.cpp."""

@@ -141,7 +141,14 @@ def triton_launches(cases=None, dtypes=None, target: str = "sm_90") -> dict[str,
 
 def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(name, dtypes, call) of every configuration of every family, as the target runs it."""
-    from genfast.kernels import attention, attention_configurations, configurations, token_configurations
+    from genfast.kernels import (
+        attention,
+        attention_configurations,
+        code_update,
+        code_update_configurations,
+        configurations,
+        token_configurations,
+    )
     from genfast.kernels.attention_cached import attention_cached
     from genfast.kernels.sampler_step import sampler_step
     from genfast.kernels.token_head import lm_head_partials, merge_head_partials
@@ -183,6 +190,10 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
         for dtype in attention_configurations.DTYPES:
             args, options = attention_configurations.cached_arguments(name, dtype)
             yield name, dtype, functools.partial(attention_cached, *args, **options, target=target)
+    for name in code_update_configurations.CASES:
+        for dtype in code_update_configurations.DTYPES:
+            op, args, options = code_update_configurations.arguments(name, dtype)
+            yield name, dtype, functools.partial(getattr(code_update, op), *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):

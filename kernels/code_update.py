@@ -18,7 +18,7 @@ from genfast.backends import interpreting
 from genfast.reference import code_update as spec
 from genfast.reference.code_update import assigned_slots, flat, slot_positions
 
-TILE = 4096
+TILE = 2048
 """Numbers that a program holds of each tensor: vectors of a power of two, as many as fit, at most 64."""
 PIECE = 64
 """Vectors that one program adds."""
@@ -37,13 +37,13 @@ def _tile_of(size: int) -> dict:
 
 
 def _warps(tile: dict) -> int:
-    return max(4, min(16, tile["WIDTH"] * tile["ROWS"] // 1024))
+    return max(4, min(8, tile["WIDTH"] * tile["ROWS"] // 256))
 
 
 @triton.jit
 def _rounded(value, TARGET: tl.constexpr):
     """float32 to another dtype."""
-    if _INTERPRETED and TARGET == tl.bfloat16:
+    if _INTERPRETED and tl.bfloat16 == TARGET:
         # The interpreter truncates where hardware rounds to nearest even.
         bits = value.to(tl.uint32, bitcast=True)
         bits = tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
@@ -55,10 +55,10 @@ def _rounded(value, TARGET: tl.constexpr):
 def _place(length, groups, ROWS: tl.constexpr):
     """(batch entry, group, positions [ROWS]) of a program's vectors."""
     blocks = tl.cdiv(length, ROWS)
-    t = tl.program_id(0).to(tl.int64)
-    group = t % groups
+    t = tl.program_id(0)  # divided in 32 bits: there are no more programs, and 64 would be a call
     block = t // groups
-    return block // blocks, group, (block % blocks) * ROWS + tl.arange(0, ROWS)
+    position = (block % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return (block // blocks).to(tl.int64), (t % groups).to(tl.int64), position
 
 
 @triton.jit

@@ -88,6 +88,14 @@ def test_the_cached_attention_kernels():
     assert {row.kernel for row in rows} == {"cached_kernel", "merge_kernel"}
 
 
+def test_the_kernels_that_update_codes_on_every_target():
+    names = ("quantize_256", "gradient_rotation_256", "gradient_to_codes_8", "average_256", "distance_64")
+    rows = compile_without_spills(names, ["bf16"])
+    assert {row.kernel for row in rows} == {
+        "quantize_kernel", "backward_kernel", "piece_kernel", "sum_kernel", "average_kernel", "distance_kernel",
+    }  # fmt: skip
+
+
 def attention_launches(q_len, kv_len, **options):
     _, (q, k, v), defaults = attention_configurations.arguments("attention_few_queries_64", "bf16")
     q, out = (t.expand(1, 32, q_len, 64) for t in (q[:, :, :1], q[:, :, :1]))

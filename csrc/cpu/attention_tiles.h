@@ -2,17 +2,15 @@
 // of keys packed for the matrix products, probabilities.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
 
 #include "cpu/attention.h"
 #include "cpu/dtype.h"
 #include "cpu/exponential.h"
-#include "cpu/parallel.h"
-#include "cpu/pool.h"
 #include "cpu/small_gemm.h"
 #include "cpu/token_math.h"
+#include "cpu/workspace.h"
 
 namespace genfast {
 namespace {
@@ -21,25 +19,6 @@ namespace {
 // 64 keys the scores, a packed tile of keys and one of values stay in the first-level cache at 64 numbers a head.
 constexpr int64_t kRows = 32, kKeys = 64;
 static_assert(kKeys % kLanes == 0 && kRows % kLanes == 0, "tiles are whole vectors");
-
-inline int64_t tiles_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// Memory of the pool, for floats.
-class Floats {
- public:
-  explicit Floats(int64_t n) {
-    const int64_t shape[1] = {std::max<int64_t>(n, 1)};
-    memory_ = pool_take(1, shape, kDLFloat, 32);
-    if (!memory_) throw std::bad_alloc();
-  }
-  ~Floats() { memory_->deleter(memory_); }
-  Floats(const Floats&) = delete;
-  float* data() const { return static_cast<float*>(memory_->tensor.data); }
-
- private:
-  DLManagedTensor* memory_;
-};
 
 inline char* row_of(const Heads& t, int64_t b, int64_t h, int64_t row) {
   return t.data + (b * t.batch_stride + h * t.head_stride + row * t.row_stride) * size_of(t.dtype);
@@ -171,26 +150,6 @@ inline vi seen_lanes(const int32_t* range, int64_t first) {
   at += (vi{} + (int32_t)first);
   return ((at >= (vi{} + range[0])) & (at < (vi{} + range[1]))) |
          ((at >= (vi{} + range[2])) & (at < (vi{} + range[3])));
-}
-
-inline float largest_lane(vf v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)v);
-#else
-  return largest(v);
-#endif
-}
-
-// body(make(), item) for every item, each by one thread, in any order: what an item computes must not depend on others.
-// `make` is called once by each thread.
-template <class Make, class Body>
-void for_each(int threads, int64_t count, const Make& make, const Body& body) {
-  std::atomic<int64_t> next{0};
-  parallel_for(threads, threads, [&](int64_t first, int64_t last) {
-    auto&& workspace = make();
-    for (int64_t share = first; share < last; share++)
-      for (int64_t item; (item = next.fetch_add(1)) < count;) body(workspace, item);
-  });
 }
 
 }  // namespace

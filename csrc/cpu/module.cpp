@@ -118,7 +118,7 @@ std::vector<std::string> supported_isas() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2) found.push_back("avx2");
   if (avx512) found.push_back("avx512");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   if (bf16) found.push_back("avx512bf16");
   if (bf16 && tile_unit()) found.push_back("amx");
 #endif
@@ -154,4 +154,5 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_token_head(module);
   register_code_update(module);
   register_scalar_quantize(module);
+  register_vector_quantize(module);
 }

@@ -25,7 +25,17 @@ inline vf larger(vf a, vf b) {
   return a > b ? a : b;
 #endif
 }
-inline vf smaller(vf a, vf b) { return a < b ? a : b; }
+inline vf smaller(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vf)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 inline bool any(vi mask) {
 #if defined(__AVX512F__)
@@ -108,6 +118,14 @@ inline float largest(vf v) {
   float m = v[0];
   for (int k = 1; k < kLanes; k++) m = v[k] > m ? v[k] : m;
   return m;
+}
+
+inline float largest_lane(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  return largest(v);
+#endif
 }
 
 inline double exponential(float x, float m, float c) {

@@ -1,6 +1,7 @@
-"""Cases of ``quantize`` with its gradients, and of ``ema_update_``: layouts, dtypes, vectors without a code, dead codes.
+"""Cases of ``quantize`` with its gradients, and of ``ema_update_``: layouts, dtypes, absent codes, dead codes.
 
-The codes are given, so that a case is about what follows the lookup; `checks/vector_quantize.py` is about that."""
+The codes are given, so that a case is about what follows the lookup; ``checks/vector_quantize.py`` is about that.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def _is_read(t: Tensor) -> bool:
 
 
 def _vectors(t: Tensor | None):
-    """What the kernels know of a tensor, and the tensor, which must outlive the call: a copy where strides ask for it."""
+    """What the kernels know of a tensor, and that tensor, which must outlive the call: a copy for some strides."""
     if t is None:
         return (0, 0, 0, 0, 0, 1), None
     t = t if _is_read(t) else t.contiguous()

@@ -24,7 +24,7 @@ WITHOUT_CODE = ("input", "zeros")
 
 @export(FAMILY)
 class Quantized(NamedTuple):
-    """What :func:`quantize` returns."""
+    """What :func:`quantize` returns: the codes, which they are, the losses, and how the codebook is used."""
 
     z_q: Tensor
     """Of z's shape, dtype and layout: the codes."""

@@ -1,0 +1,244 @@
+// Distances of one row to single codes, as intervals in float32 arithmetic and exactly as the specification says, and
+// the few codes that are still candidates for the k nearest.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/dtype.h"
+#include "cpu/simd.h"
+#include "cpu/small_gemm.h"
+#include "cpu/vector_quantize.h"
+#include "cpu/workspace.h"
+
+namespace genfast {
+namespace {
+
+constexpr double kInfinite = std::numeric_limits<double>::infinity();
+constexpr double kUnit = 0x1p-24;       // a rounding in float32, relative
+constexpr double kSmallest = 0x1p-125;  // and absolute, also where subnormal numbers are taken for 0
+constexpr double kShortest = 1e-12;     // what a code's length is at least, where it divides
+
+// One codebook: [count, size].
+struct Codes {
+  const char* data;
+  int dtype;
+  int64_t stride, count, size;
+
+  const char* at(int64_t j) const { return data + j * stride * size_of(dtype); }
+};
+
+// n < kLanes numbers, and zeros after them.
+inline vf load_part(const float* p, int64_t n) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+  vf v{};
+  for (int64_t i = 0; i < n; i++) v[i] = p[i];
+  return v;
+#endif
+}
+
+inline float sum_of(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sum = 0;
+  for (int i = 0; i < kLanes; i++) sum += v[i];
+  return sum;
+#endif
+}
+
+// A row and what is needed of it for intervals. `numbers` are padded with zeros to whole vectors.
+struct Row {
+  const float* numbers;
+  double length;  // at least |z|
+};
+
+// low <= score of the specification <= high
+struct Candidate {
+  double low, high;
+  int64_t index;
+};
+
+// Products and squares are summed lane by lane, size / kLanes + log2(kLanes) roundings deep; rounded once more before.
+inline double relative_error(int64_t size) { return (double)(size + 16) * kUnit; }
+
+class Distance {
+ public:
+  Distance(const Codes& codes, Metric metric)
+      : codes_(codes), metric_(metric), error_(relative_error(codes.size)), buffer_(padded(codes.size)) {
+    std::fill(buffer_.data(), buffer_.data() + padded(codes.size), 0.0f);
+  }
+
+  // False if the code is not finite.
+  bool interval(const Row& row, int64_t j, Candidate& found) {
+    const int64_t size = codes_.size;
+    const float *z = row.numbers, *e = reinterpret_cast<const float*>(codes_.at(j));
+    if (codes_.dtype != kFloat32) {
+      load_run(codes_.at(j), codes_.dtype, size, buffer_.data());
+      e = buffer_.data();
+    }
+    found.index = j;
+    vf sum{}, more{}, squares{};
+    int64_t d = 0;
+    if (metric_ == kL2) {
+      for (; d + 2 * kLanes <= size; d += 2 * kLanes) {
+        const vf a = load<vf>(z + d) - load<vf>(e + d), b = load<vf>(z + d + kLanes) - load<vf>(e + d + kLanes);
+        sum = multiply_add(a, a, sum), more = multiply_add(b, b, more);
+      }
+      for (; d < size; d += kLanes) {
+        const vf a = load<vf>(z + d) - tail(e, d, size);
+        sum = multiply_add(a, a, sum);
+      }
+      const double t = sum_of(sum + more), slack = (double)size * kSmallest;
+      if (!(t < 1e37)) return unbounded(j, found);
+      found.low = t * (1 - error_) - slack, found.high = t * (1 + error_) + slack;
+      return true;
+    }
+    for (; d + kLanes <= size; d += kLanes) {
+      const vf b = load<vf>(e + d);
+      sum = multiply_add(load<vf>(z + d), b, sum), squares = multiply_add(b, b, squares);
+    }
+    if (d < size) {
+      const vf b = tail(e, d, size);
+      sum = multiply_add(load<vf>(z + d), b, sum), squares = multiply_add(b, b, squares);
+    }
+    const double product = -(double)sum_of(sum), length = std::sqrt((double)sum_of(squares));
+    if (!(length < 1e18) || !(row.length * length < 1e37)) return unbounded(j, found);
+    // Short codes have lost their squares to underflow.
+    if (metric_ == kCosine && length < 1e-10) return unbounded(j, found);
+    const double slack = (double)size * kSmallest;
+    if (metric_ == kCosine) {
+      const double t = product / length, apart = 2 * error_ * row.length + slack / length;
+      found.low = t - apart, found.high = t + apart;
+    } else {
+      const double apart = error_ * row.length * (length + (double)size * 1e-18) + slack;
+      found.low = product - apart, found.high = product + apart;
+    }
+    return true;
+  }
+
+  // As the specification has it: float64, from the first number to the last, products rounded.
+  double exact(const float* z, int64_t j) {
+    load_run(codes_.at(j), codes_.dtype, codes_.size, buffer_.data());
+    const float* e = buffer_.data();
+    double total = 0, squares = 0;
+    if (metric_ == kL2) {
+      for (int64_t d = 0; d < codes_.size; d++) {
+        const double apart = (double)z[d] - (double)e[d];
+        total += apart * apart;
+      }
+      return total;
+    }
+    for (int64_t d = 0; d < codes_.size; d++) {
+      total -= (double)z[d] * (double)e[d];
+      squares += (double)e[d] * (double)e[d];
+    }
+    return metric_ == kCosine ? total / std::max(std::sqrt(squares), kShortest) : total;
+  }
+
+  bool finite(int64_t j) {
+    load_run(codes_.at(j), codes_.dtype, codes_.size, buffer_.data());
+    return all_finite(buffer_.data(), codes_.size);
+  }
+
+  static bool all_finite(const float* p, int64_t n) {
+    float sum = 0;
+    for (int64_t d = 0; d < n; d++) sum += p[d] * 0.0f;
+    return sum == 0.0f;
+  }
+
+ private:
+  static vf tail(const float* e, int64_t d, int64_t size) {
+    return d + kLanes <= size ? load<vf>(e + d) : load_part(e + d, size - d);
+  }
+
+  // Too large for float32: any score is possible.
+  bool unbounded(int64_t j, Candidate& found) {
+    found.low = -kInfinite, found.high = kInfinite;
+    return finite(j);
+  }
+
+  Codes codes_;
+  Metric metric_;
+  double error_;
+  Floats buffer_;
+};
+
+// Candidates for the k nearest codes of a row.
+class Candidates {
+ public:
+  Candidates(Distance& distance, int64_t k, bool exact) : distance_(distance), k_(k), exact_(exact) {}
+
+  void begin(const Row& row) {
+    row_ = row;
+    count_ = 0;
+    cut_ = kInfinite;
+  }
+
+  // Codes of a greater score are none of the k nearest.
+  double cut() const { return cut_; }
+
+  void offer(int64_t j) {
+    Candidate c;
+    if (!distance_.interval(row_, j, c) || c.low > cut_) return;
+    if (k_ == 1) cut_ = std::min(cut_, c.high);
+    list_[count_++] = c;
+    if (k_ > 1 && count_ == k_) tighten();
+    if (count_ == kMost) shrink();
+  }
+
+  // The k-th smallest of what the scores are at most.
+  void tighten() {
+    if (count_ < k_) return;
+    double high[kMost];
+    for (int i = 0; i < count_; i++) high[i] = list_[i].high;
+    std::nth_element(high, high + k_ - 1, high + count_);
+    cut_ = std::min(cut_, high[k_ - 1]);
+  }
+
+  // The indices of the k nearest in order, and -1 where there are fewer.
+  void finish(int64_t* to) {
+    prune();
+    if (k_ > 1 || count_ > 1) resolve();
+    for (int64_t i = 0; i < k_; i++) to[i] = i < count_ ? list_[i].index : -1;
+  }
+
+ private:
+  static constexpr int kMost = 128;
+
+  void prune() {
+    tighten();
+    count_ = (int)(std::remove_if(list_, list_ + count_, [&](const Candidate& c) { return c.low > cut_; }) - list_);
+  }
+
+  // Leaves the k nearest of them all.
+  void resolve() {
+    for (int i = 0; i < count_; i++) {
+      Candidate& c = list_[i];
+      if (c.low != c.high && (exact_ || c.low == -kInfinite)) c.low = c.high = distance_.exact(row_.numbers, c.index);
+    }
+    std::sort(list_, list_ + count_, [](const Candidate& a, const Candidate& b) {
+      return a.low != b.low ? a.low < b.low : a.index < b.index;
+    });
+    count_ = (int)std::min<int64_t>(count_, k_);
+    tighten();
+  }
+
+  void shrink() {
+    prune();
+    if (count_ > kMost / 2) resolve();
+  }
+
+  Distance& distance_;
+  int64_t k_;
+  bool exact_;
+  Row row_{};
+  int count_ = 0;
+  double cut_ = kInfinite;
+  Candidate list_[kMost];
+};
+
+}  // namespace
+}  // namespace genfast

@@ -1,0 +1,337 @@
+// The k nearest codes of every row, exactly. A row's codes are ruled out by lower bounds of their scores in low
+// precision (code_screen.h), of which the least is kept for each lane and every few blocks of codes: a group. The codes
+// of the groups with the k least bounds are computed in float32, with an error bound relative to the distance itself
+// (code_distance.h); the k-th least of what their scores are at most is a cut, and only codes of groups whose bound
+// lies under it are computed too. What float32 cannot tell apart is computed in float64. So the result is that of the
+// specification, whatever the order of the codes, the tiles and the threads.
+//
+// Codes are packed once, by all threads, as many as fit the memory that a call may take; then each thread takes chunks
+// of rows. With few rows it takes a part of the codes, and the parts' nearest codes are candidates once more. A handful
+// of rows costs less than packing: all their codes are computed in float32.
+#include "cpu/vector_quantize.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/code_distance.h"
+#include "cpu/code_screen.h"
+#include "cpu/workspace.h"
+
+namespace genfast {
+namespace {
+
+constexpr int64_t kFewRows = 4;                // are not worth packing the codes
+constexpr int64_t kFewestPacked = 512;         // codes
+constexpr int64_t kMostPackedBytes = 4 << 20;  // about as much as stays in the caches
+constexpr int64_t kMostGroups = 256;           // of a row
+constexpr int64_t kCentreCodes = 256;          // whose mean is taken out
+constexpr double kMemoryShare = 0.01;          // of rows times codes times 4 bytes, for packed codes
+
+enum RowState : char { kNormal, kNotFinite, kOutOfRange };
+
+// One group of the problem: `rows` rows of `size` numbers, and a codebook.
+struct Problem {
+  const NearestArgs& a;
+  int64_t group, rows;
+  Codes codes;
+
+  int64_t* indices(int64_t row) const { return a.indices + (row * a.groups + group) * a.k; }
+  float* distances(int64_t row) const { return a.distances + (row * a.groups + group) * a.k; }
+};
+
+const char* number_at(const Problem& p, int64_t row, int64_t d) {
+  const NearestArgs& a = p.a;
+  return a.z + (row / a.length * a.batch_stride + row % a.length * a.row_stride + p.group * a.z_group_stride +
+                d * a.number_stride) *
+                   size_of(a.z_dtype);
+}
+
+// Rows [first, first + n) as floats, `width` apart and padded with zeros.
+void load_rows(const Problem& p, int64_t first, int64_t n, int64_t width, float* to) {
+  const int64_t size = p.a.size;
+  for (int64_t i = 0; i < n; i++) std::fill(to + i * width + size, to + (i + 1) * width, 0.0f);
+  if (p.a.number_stride == 1) {
+    for (int64_t i = 0; i < n; i++) load_run(number_at(p, first + i, 0), p.a.z_dtype, size, to + i * width);
+    return;
+  }
+  // Channel-first: the same number of neighbouring rows is a run.
+  float run[kRowChunk];
+  for (int64_t i = 0, count; i < n; i += count) {
+    const int64_t row = first + i;
+    count = p.a.row_stride == 1 ? std::min({n - i, p.a.length - row % p.a.length, kRowChunk}) : 1;
+    for (int64_t d = 0; d < size; d++) {
+      load_run(number_at(p, row, d), p.a.z_dtype, count, run);
+      for (int64_t r = 0; r < count; r++) to[(i + r) * width + d] = run[r];
+    }
+  }
+}
+
+// Any centre is right; the mean of some codes makes short vectors of those that have much in common.
+void find_centre(const Problem& p, float* centre) {
+  const int64_t size = p.codes.size, step = std::max<int64_t>(p.codes.count / kCentreCodes, 1);
+  std::vector<double> sum(size, 0.0);
+  std::vector<float> code(size);
+  double used = 0;
+  for (int64_t j = 0; j < p.codes.count; j += step) {
+    load_run(p.codes.at(j), p.codes.dtype, size, code.data());
+    double squares = 0;
+    for (int64_t d = 0; d < size; d++) squares += (double)code[d] * code[d];
+    if (!(squares < (double)kHuge * kHuge)) continue;
+    double shrink = 1;
+    if (p.a.metric == kCosine) shrink = 1 / std::max(std::sqrt(squares), kShortest);
+    for (int64_t d = 0; d < size; d++) sum[d] += code[d] * shrink;
+    used++;
+  }
+  for (int64_t d = 0; d < size; d++) centre[d] = used ? (float)(sum[d] / used) : 0.0f;
+}
+
+// What a thread works in.
+struct Space {
+  int64_t width;
+  Floats numbers, words, least, shifted;
+  ScreenRows rows;
+  Row row[kRowChunk];
+  double offset[kRowChunk];  // from half a score of the specification to S (code_screen.h), rounded upward
+  RowState state[kRowChunk];
+  Distance distance;
+  Candidates candidates;
+
+  Space(const Problem& p, int64_t groups)
+      : width(padded(p.a.size)),
+        numbers(kRowChunk * width),
+        words(kRowChunk * row_floats(p.a.size)),
+        least(kRowChunk * groups * kLanes),
+        shifted(width),
+        distance(p.codes, p.a.metric),
+        candidates(distance, p.a.k, p.a.exact) {}
+};
+
+// Reads a chunk of rows.
+void begin_rows(const Problem& p, int64_t first, int64_t n, Space& w) {
+  load_rows(p, first, n, w.width, w.numbers.data());
+  for (int64_t i = 0; i < n; i++) {
+    const float* z = w.numbers.data() + i * w.width;
+    double squares = 0;
+    for (int64_t d = 0; d < w.width; d++) squares += (double)z[d] * z[d];
+    w.row[i] = {z, std::sqrt(squares) * (1 + 0x1p-30)};
+    w.state[i] = !Distance::all_finite(z, w.width) ? kNotFinite
+                 : w.row[i].length < (double)kHuge ? kNormal
+                                                   : kOutOfRange;
+  }
+}
+
+// Fills in what the screen multiplies.
+void shift_rows(const Problem& p, int64_t n, const float* centre, Space& w) {
+  const int64_t size = p.a.size;
+  const bool l2 = p.a.metric == kL2;
+  const float inflate = 1.0f + (float)(size + 24) * (float)kUnit;
+  float* x = w.shifted.data();
+  ScreenRows& rows = w.rows;
+  rows.words = words_of(size), rows.stride = row_floats(size), rows.data = w.words.data();
+  rows.length = rows.residual = 0, rows.scale = 1;
+  std::fill(x, x + w.width, 0.0f);
+  const auto shift = [&](int64_t i) {
+    for (int64_t d = 0; d < size; d++) x[d] = w.row[i].numbers[d] - (l2 ? centre[d] : 0.0f);
+  };
+  float largest = 0;
+  for (int64_t i = 0; i < n; i++) {
+    if (w.state[i] != kNormal) continue;
+    shift(i);
+    const Sums sums = measure(x, w.width);
+    const float length = std::sqrt(sums.squares) * inflate;
+    if (!(length < kHuge)) {
+      w.state[i] = kOutOfRange;
+      continue;
+    }
+    rows.length = std::max(rows.length, length);
+    largest = std::max(largest, sums.largest);
+  }
+  if (kBytes) rows.scale = std::max(largest / 127.0f, kLeastScale);
+  for (int64_t i = 0; i < kRowChunk; i++) {
+    float* to = rows.data + i * rows.stride;
+    rows.start[i] = 0;
+    std::fill(to, to + rows.stride, 0.0f);
+    if (i >= n || w.state[i] != kNormal) continue;
+    shift(i);
+    // S is half of |z - e|^2 - |z'|^2, or - z . e + z . c.
+    double sum = 0, sizes = 0;
+    for (int64_t d = 0; d < size; d++) {
+      const double z = w.row[i].numbers[d], c = centre[d], apart = z - c;
+      sum += l2 ? -apart * apart : z * c;
+      sizes += l2 ? apart * apart : std::abs(z * c);
+    }
+    w.offset[i] = sum + sizes * (double)(2 * size + 16) * 0x1p-52;
+#if defined(__AVX512VNNI__)
+    for (int64_t d = 0; d < size; d++) x[d] = -x[d];
+    int8_t* bytes = reinterpret_cast<int8_t*>(to);
+    const Rounded found = to_bytes(x, w.width, rows.scale, 0, bytes);
+    rows.residual = std::max(rows.residual, std::sqrt(found.rest) * inflate + 2.0f * (float)kUnit * rows.length);
+    int32_t all = 0;
+    for (int64_t d = 0; d < size; d++) all += bytes[d];
+    rows.start[i] = -128 * all;
+#else
+    for (int64_t d = 0; d < size; d++) to[d] = -x[d];
+#endif
+  }
+}
+
+// Codes of group `g` and lane `lane` are candidates.
+void offer_lane(const Problem& p, int64_t first, int64_t blocks, int64_t span, int64_t g, int lane,
+                Candidates& candidates) {
+  for (int64_t b = g * span; b < std::min(blocks, (g + 1) * span); b++) {
+    const int64_t begin = first + b * kBlock + lane * kCodeVectors;
+    for (int64_t j = begin; j < std::min(begin + kCodeVectors, p.codes.count); j++) candidates.offer(j);
+  }
+}
+
+// Offers what the bounds leave of the packed codes, which begin at `first`.
+void offer_packed(const Problem& p, int64_t i, int64_t first, int64_t blocks, int64_t span, Space& w) {
+  const int64_t groups = tiles_of(blocks, span), k = p.a.k;
+  float* least = w.least.data() + i * groups * kLanes;
+  float best;  // the k-th least bound
+  if (k == 1) {
+    vf most = load<vf>(least);
+    for (int64_t g = 1; g < groups; g++) most = smaller(load<vf>(least + g * kLanes), most);
+    best = -largest_lane(-most);
+  } else {
+    std::vector<float> sorted(least, least + groups * kLanes);
+    const int64_t at = std::min<int64_t>(k, groups * kLanes) - 1;
+    std::nth_element(sorted.begin(), sorted.begin() + at, sorted.end());
+    best = sorted[at];
+  }
+  const auto under = [&](float cut) {
+    for (int64_t g = 0; g < groups; g++) {
+      float* from = least + g * kLanes;
+      if (!any(load<vf>(from) <= splat(cut))) continue;
+      for (int lane = 0; lane < kLanes; lane++) {
+        if (!(from[lane] <= cut)) continue;
+        from[lane] = std::numeric_limits<float>::quiet_NaN();  // not twice
+        offer_lane(p, first, blocks, span, g, lane, w.candidates);
+      }
+    }
+  };
+  under(best);
+  w.candidates.tighten();
+  const double half = p.a.metric == kL2 ? 0.5 : 1.0;
+  const double cut = half * (w.candidates.cut() + w.offset[i]) + (double)(p.a.size + 2) * 8 * kSmallest;
+  const double scaled = cut / w.rows.scale;
+  under((float)(scaled + std::abs(scaled) * 4 * kUnit));
+}
+
+void offer_all(const Problem& p, int64_t begin, int64_t end, Candidates& candidates) {
+  for (int64_t j = begin; j < end; j++) candidates.offer(j);
+}
+
+// Offers what was found before, where there is something.
+void offer_found(const int64_t* found, int64_t k, Candidates& candidates) {
+  for (int64_t i = 0; i < k; i++)
+    if (found[i] >= 0) candidates.offer(found[i]);
+}
+
+void write_distances(const Problem& p, int64_t first, int64_t n, Space& w) {
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t* index = p.indices(first + i);
+    float* to = p.distances(first + i);
+    const float* z = w.row[i].numbers;
+    double squares = 0;
+    for (int64_t d = 0; d < p.a.size; d++) squares += (double)z[d] * z[d];
+    for (int64_t r = 0; r < p.a.k; r++) {
+      if (index[r] < 0) {
+        const float none = p.a.metric == kL2 ? INFINITY : -INFINITY;
+        to[r] = w.state[i] == kNotFinite ? NAN : none;
+        continue;
+      }
+      double score = w.distance.exact(z, index[r]);
+      if (p.a.metric == kCosine) score /= std::max(std::sqrt(squares), kShortest);
+      to[r] = (float)(p.a.metric == kL2 ? score : -score);
+    }
+  }
+}
+
+void run_group(const Problem& p) {
+  const NearestArgs& a = p.a;
+  const int64_t rows = p.rows, k = a.k, chunks = tiles_of(rows, kRowChunk);
+  const int threads = threads_for(rows * a.count * a.size, 1 << 16);
+  const bool few = rows <= kFewRows;
+
+  // Packed at a time, and how the codes are shared out where there are fewer chunks of rows than threads keep busy.
+  const int64_t all_blocks = tiles_of(a.count, kBlock);
+  const int64_t bytes = Packed::block_floats(a.size) * 4;
+  const int64_t allowed =
+      std::min<int64_t>(kMostPackedBytes, (int64_t)(kMemoryShare * 4 * (double)rows * (double)a.count));
+  const int64_t most_blocks = std::max(kFewestPacked / kBlock, allowed / bytes);
+  const int64_t passes = few ? 1 : tiles_of(all_blocks, most_blocks), pass_blocks = tiles_of(all_blocks, passes);
+  const int64_t wanted = threads > 1 && chunks < 2 * threads ? tiles_of(2 * threads, chunks) : 1;
+  const int64_t part_blocks = tiles_of(pass_blocks, wanted), parts = tiles_of(pass_blocks, part_blocks);
+  const int64_t span = tiles_of(part_blocks, kMostGroups), groups = tiles_of(part_blocks, span);
+
+  std::vector<float> centre(a.size);
+  find_centre(p, centre.data());
+  const Floats memory(few ? 1 : pass_blocks * Packed::block_floats(a.size));
+  const Packed packed{words_of(a.size), memory.data()};
+  std::vector<int64_t> found(parts > 1 ? parts * rows * k : 0);
+  const auto make = [&] { return Space(p, few ? 1 : groups); };
+
+  for (int64_t pass = 0; pass < passes; pass++) {
+    const int64_t begin = pass * pass_blocks, blocks = std::min(pass_blocks, all_blocks - begin);
+    if (!few)
+      for_each(
+          threads, blocks, [&] { return PackSpace(a.size); },
+          [&](PackSpace& space, int64_t b) {
+            pack_block(p.codes, a.metric, centre.data(), (begin + b) * kBlock, packed.words, packed.block(b), space);
+          });
+    for_each(threads, chunks * parts, make, [&](Space& w, int64_t item) {
+      const int64_t first = item / parts * kRowChunk, n = std::min(kRowChunk, rows - first), part = item % parts;
+      const int64_t from = part * part_blocks, to = std::min(blocks, from + part_blocks);
+      const bool last = parts == 1 && pass + 1 == passes;
+      begin_rows(p, first, n, w);
+      if (!few && from < to) {
+        shift_rows(p, n, centre.data(), w);
+        screen(w.rows, n, Packed{packed.words, packed.block(from)}, to - from, span, w.least.data(),
+               tiles_of(to - from, span) * kLanes);
+      }
+      for (int64_t i = 0; i < n; i++) {
+        int64_t* index = parts == 1 ? p.indices(first + i) : found.data() + ((first + i) * parts + part) * k;
+        if (w.state[i] == kNotFinite) {
+          std::fill(index, index + k, -1);
+          continue;
+        }
+        w.candidates.begin(w.row[i]);
+        if (pass > 0) offer_found(index, k, w.candidates);
+        const int64_t code = (begin + from) * kBlock;
+        if (from >= to) {
+        } else if (few || w.state[i] == kOutOfRange) {
+          offer_all(p, code, std::min(a.count, (begin + to) * kBlock), w.candidates);
+        } else {
+          offer_packed(p, i, code, to - from, span, w);
+        }
+        w.candidates.finish(index);
+      }
+      if (last && a.distances) write_distances(p, first, n, w);
+    });
+  }
+  if (parts == 1) return;
+  for_each(threads, chunks, make, [&](Space& w, int64_t chunk) {
+    const int64_t first = chunk * kRowChunk, n = std::min(kRowChunk, rows - first);
+    begin_rows(p, first, n, w);
+    for (int64_t i = 0; i < n; i++) {
+      w.candidates.begin(w.row[i]);
+      offer_found(found.data() + (first + i) * parts * k, parts * k, w.candidates);
+      w.candidates.finish(p.indices(first + i));
+    }
+    if (a.distances) write_distances(p, first, n, w);
+  });
+}
+
+}  // namespace
+
+void nearest_code(const NearestArgs& a) {
+  const int64_t rows = a.batch * a.length;
+  if (rows == 0) return;
+  for (int64_t g = 0; g < a.groups; g++) {
+    const char* codes = a.codes + g * a.codes_group_stride * size_of(a.codes_dtype);
+    run_group(Problem{a, g, rows, Codes{codes, a.codes_dtype, a.code_stride, a.count, a.size}});
+  }
+}
+
+}  // namespace genfast
