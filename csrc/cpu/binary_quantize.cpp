@@ -182,9 +182,9 @@ void add_numbers(const BinaryArgs& a, const Rows& rows, Sums& sums) {
 }
 
 // Adds a row's probabilities of a block to `cells`; returns sum p log max(p, least) if there is a least.
-float add_codes(const BinaryArgs& a, const Halves& h, const Rows& rows, double* cells) {
+double add_codes(const BinaryArgs& a, const Halves& h, const Rows& rows, double* cells) {
   const vf low = splat(a.least ? std::log(a.least) : 0.0f);
-  vf weighted{};
+  double all = 0;
   for (int64_t k = 0; k < h.highs; k++) {
     const float p = rows.high[k];
     if (p < kNothing) continue;
@@ -192,10 +192,12 @@ float add_codes(const BinaryArgs& a, const Halves& h, const Rows& rows, double* 
     for (int64_t i = 0; i < h.width; i++) to[i] += (double)(p * rows.low[i]);
     if (a.least == 0) continue;
     const vf log_p = splat(rows.log_high[k]);
+    vf weighted{};
     for (int64_t i = 0; i < h.width; i += kLanes)
       weighted += splat(p) * load<vf>(&rows.low[i]) * larger(low, log_p + load<vf>(&rows.log_low[i]));
+    all += (double)sum_of(weighted);
   }
-  return sum_of(weighted);
+  return all;
 }
 
 // The marginals of p g over the halves. Each is g summed over the other half, weighted with that half's factor.
@@ -277,7 +279,7 @@ void binary_quantize(const BinaryArgs& a) {
           for (int64_t j = 0; j < blocks; j++) {
             rows.load_block(a, h, i, j);
             double* to = &sums[chunk * all + (t.group * blocks + j) * cells];
-            numbers[chunk].entropies -= (double)add_codes(a, h, rows, to);
+            numbers[chunk].entropies -= add_codes(a, h, rows, to);
           }
         }
       }

@@ -8,8 +8,9 @@ number of steps at or below z: ``steps`` has them in float64, rounded up to z's 
 level of the exact formula. The gradient is that of the formula without rounding. The index is sum_d k_d prod_{i<d} L_i.
 
 **LFQ** (Yu et al. 2023, arXiv:2310.05737) and **BSQ** (Zhao et al. 2024, arXiv:2406.07548). A number u becomes m where
-it is positive, else -m; the first of D bits is the highest of the index. BSQ's u are of a row divided by its length. With
-the temperature's inverse T, softmax over all codes c of 2 T u.c is a product over bits, of q_d = sigmoid(4 T m u_d):
+it is positive, else -m; the first of D bits is the highest of the index. BSQ's u are of a row divided by its length.
+With the temperature's inverse T, softmax over all codes c of 2 T u.c is a product over bits, of
+q_d = sigmoid(4 T m u_d):
 
 * entropy of a row: the sum of those of its bits. With a least probability e > 0 it is - sum_c p_c log max(p_c, e)
   (lucidrains, vector-quantize-pytorch), which is no sum over bits;
