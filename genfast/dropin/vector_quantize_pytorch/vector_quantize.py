@@ -91,7 +91,7 @@ class VectorQuantize(peer.VectorQuantize):
     def _channel(self, x) -> int | None:
         """The dimension of x that holds the vectors; None where x is not what the arguments promise."""
         wanted = 4 if self.accept_image_fmap else 5 if self.accept_3d_fmap else 3
-        if not isinstance(x, Tensor) or x.ndim != wanted and (x.ndim, wanted) != (2, 3):
+        if not isinstance(x, Tensor) or (x.ndim != wanted and (x.ndim, wanted) != (2, 3)):
             return None
         dim = x.ndim - 1 if x.ndim == 2 or (wanted == 3 and self.channel_last) else 1
         return dim if x.shape[dim] == self.dim else None
