@@ -26,6 +26,7 @@ struct Codes {
   int64_t stride, count, size;
 
   const char* at(int64_t j) const { return data + j * stride * size_of(dtype); }
+  bool equal(int64_t i, int64_t j) const { return std::memcmp(at(i), at(j), size * size_of(dtype)) == 0; }
 };
 
 // n < kLanes numbers, and zeros after them.
@@ -47,6 +48,16 @@ inline float sum_of(vf v) {
   for (int i = 0; i < kLanes; i++) sum += v[i];
   return sum;
 #endif
+}
+
+// of(d) over all d < n in float64, lane by lane; n is a multiple of kLanes.
+template <class F>
+inline double sum_in_lanes(int64_t n, const F& of) {
+  double sums[kLanes] = {}, sum = 0;
+  for (int64_t d = 0; d < n; d += kLanes)
+    for (int64_t i = 0; i < kLanes; i++) sums[i] += of(d + i);
+  for (double part : sums) sum += part;
+  return sum;
 }
 
 // A row and what is needed of it for intervals. `numbers` are padded with zeros to whole vectors.
@@ -119,6 +130,27 @@ class Distance {
     return true;
   }
 
+  // The same of a finite code in float64, summed lane by lane.
+  void refine(const Row& row, Candidate& found) {
+    const int64_t size = codes_.size, width = padded(size);
+    load_run(codes_.at(found.index), codes_.dtype, size, buffer_.data());
+    const float *z = row.numbers, *e = buffer_.data();
+    const double error = (double)(2 * size + 32) * 0x1p-53;
+    if (metric_ == kL2) {
+      const double t = sum_in_lanes(width, [&](int64_t d) {
+        const double apart = (double)z[d] - (double)e[d];
+        return apart * apart;
+      });
+      found.low = t * (1 - error), found.high = t * (1 + error);
+      return;
+    }
+    const double product = -sum_in_lanes(width, [&](int64_t d) { return (double)z[d] * (double)e[d]; });
+    const double length = std::sqrt(sum_in_lanes(width, [&](int64_t d) { return (double)e[d] * (double)e[d]; }));
+    const double divisor = metric_ == kCosine ? std::max(length, kShortest) : 1.0;
+    const double apart = 2 * error * row.length * length / divisor;
+    found.low = product / divisor - apart, found.high = product / divisor + apart;
+  }
+
   // As the specification has it: float64, from the first number to the last, products rounded.
   double exact(const float* z, int64_t j) {
     load_run(codes_.at(j), codes_.dtype, codes_.size, buffer_.data());
@@ -138,15 +170,17 @@ class Distance {
     return metric_ == kCosine ? total / std::max(std::sqrt(squares), kShortest) : total;
   }
 
+  const Codes& codes() const { return codes_; }
+
   bool finite(int64_t j) {
     load_run(codes_.at(j), codes_.dtype, codes_.size, buffer_.data());
     return all_finite(buffer_.data(), codes_.size);
   }
 
   static bool all_finite(const float* p, int64_t n) {
-    float sum = 0;
-    for (int64_t d = 0; d < n; d++) sum += p[d] * 0.0f;
-    return sum == 0.0f;
+    int bad = 0;
+    for (int64_t d = 0; d < n; d++) bad |= !(std::abs(p[d]) <= std::numeric_limits<float>::max());
+    return !bad;
   }
 
  private:
@@ -182,20 +216,18 @@ class Candidates {
 
   void offer(int64_t j) {
     Candidate c;
-    if (!distance_.interval(row_, j, c) || c.low > cut_) return;
+    if (!distance_.interval(row_, j, c) || c.low > cut_ || (k_ == 1 && is_twin(c))) return;
     if (k_ == 1) cut_ = std::min(cut_, c.high);
     list_[count_++] = c;
     if (k_ > 1 && count_ == k_) tighten();
     if (count_ == kMost) shrink();
   }
 
-  // The k-th smallest of what the scores are at most.
-  void tighten() {
-    if (count_ < k_) return;
-    double high[kMost];
-    for (int i = 0; i < count_; i++) high[i] = list_[i].high;
-    std::nth_element(high, high + k_ - 1, high + count_);
-    cut_ = std::min(cut_, high[k_ - 1]);
+  // Makes the cut as low as float64 can.
+  void sharpen() {
+    prune();
+    for (int i = 0; i < count_; i++) distance_.refine(row_, list_[i]);
+    tighten();
   }
 
   // The indices of the k nearest in order, and -1 where there are fewer.
@@ -208,20 +240,48 @@ class Candidates {
  private:
   static constexpr int kMost = 128;
 
+  // The k-th smallest of what the scores are at most.
+  void tighten() {
+    if (count_ < k_) return;
+    double high[kMost];
+    for (int i = 0; i < count_; i++) high[i] = list_[i].high;
+    std::nth_element(high, high + k_ - 1, high + count_);
+    cut_ = std::min(cut_, high[k_ - 1]);
+  }
+
   void prune() {
     tighten();
     count_ = (int)(std::remove_if(list_, list_ + count_, [&](const Candidate& c) { return c.low > cut_; }) - list_);
   }
 
-  // Leaves the k nearest of them all.
-  void resolve() {
-    for (int i = 0; i < count_; i++) {
-      Candidate& c = list_[i];
-      if (c.low != c.high && (exact_ || c.low == -kInfinite)) c.low = c.high = distance_.exact(row_.numbers, c.index);
+  // Of codes that are equal only the first counts, where one is asked for: there may be thousands.
+  bool is_twin(const Candidate& c) {
+    for (int i = 0; i < std::min(count_, 2); i++) {  // the nearest so far is one of the first
+      Candidate& other = list_[i];
+      if (!distance_.codes().equal(other.index, c.index)) continue;
+      other.index = std::min(other.index, c.index);
+      return true;
     }
-    std::sort(list_, list_ + count_, [](const Candidate& a, const Candidate& b) {
+    return false;
+  }
+
+  // Leaves the k nearest of them all, in order.
+  void resolve() {
+    const auto before = [](const Candidate& a, const Candidate& b) {
       return a.low != b.low ? a.low < b.low : a.index < b.index;
-    });
+    };
+    sharpen();
+    prune();
+    if (exact_) {
+      std::sort(list_, list_ + count_, before);
+      for (int i = 0, end; i < count_; i = end) {
+        double high = list_[i].high;
+        for (end = i + 1; end < count_ && list_[end].low <= high; end++) high = std::max(high, list_[end].high);
+        for (int j = i; j < end && end - i > 1; j++)
+          list_[j].low = list_[j].high = distance_.exact(row_.numbers, list_[j].index);
+      }
+    }
+    std::sort(list_, list_ + count_, before);
     count_ = (int)std::min<int64_t>(count_, k_);
     tighten();
   }

@@ -108,9 +108,10 @@ struct PackSpace {
   explicit PackSpace(int64_t size) : width(padded(size)), code(width), rows(kLanes * padded(words_of(size))) {}
 };
 
-// Codes [first, first + kBlock) into block `to`; beyond the last code there are codes that are never near.
-inline void pack_block(const Codes& codes, Metric metric, const float* centre, int64_t first, int64_t words, float* to,
-                       PackSpace& space) {
+// Codes [first, first + kBlock) into block `to`; beyond the last code there are codes that are never near, and so is,
+// if `one` is asked for, a code that equals the one before: a codebook that was never trained may have a single code.
+inline void pack_block(const Codes& codes, Metric metric, bool one, const float* centre, int64_t first, int64_t words,
+                       float* to, PackSpace& space) {
   const int64_t size = codes.size, width = space.width, row_words = padded(words);
   const float inflate = 1.0f + (float)(size + 24) * (float)kUnit;
   float *n = to + words * kBlock, *a = n + kBlock, *b = a + kBlock, *t = b + kBlock;
@@ -121,7 +122,7 @@ inline void pack_block(const Codes& codes, Metric metric, const float* centre, i
       const int64_t j = first + lane * kCodeVectors + v, at = v * kLanes + lane;
       float* row = space.rows.data() + lane * row_words;
       n[at] = std::numeric_limits<float>::infinity(), a[at] = b[at] = t[at] = 0;
-      bool usable = j < codes.count;
+      bool usable = j < codes.count && !(one && j > 0 && codes.equal(j, j - 1));
       if (usable) {
         load_run(codes.at(j), codes.dtype, size, x);
         const auto [squares, largest] = measure(x, width);

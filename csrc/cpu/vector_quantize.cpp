@@ -20,12 +20,13 @@
 namespace genfast {
 namespace {
 
-constexpr int64_t kFewRows = 4;                // are not worth packing the codes
-constexpr int64_t kFewestPacked = 512;         // codes
-constexpr int64_t kMostPackedBytes = 4 << 20;  // about as much as stays in the caches
-constexpr int64_t kMostGroups = 256;           // of a row
-constexpr int64_t kCentreCodes = 256;          // whose mean is taken out
-constexpr double kMemoryShare = 0.01;          // of rows times codes times 4 bytes, for packed codes
+constexpr int64_t kMostGroups = 256;   // of a row
+constexpr int64_t kCentreCodes = 256;  // whose mean is taken out
+
+// Bytes of codes that are packed at a time: a share of what the matrix of scores would take, about what the caches hold
+// at the most; but a few rows are not to make many turns.
+constexpr double kShareOfScores = 0.01;
+constexpr int64_t kMostBytes = 4 << 20, kSomeRows = 1024, kBytesOfSome = 1 << 20;
 
 enum RowState : char { kNormal, kNotFinite, kOutOfRange };
 
@@ -111,8 +112,7 @@ void begin_rows(const Problem& p, int64_t first, int64_t n, Space& w) {
   load_rows(p, first, n, w.width, w.numbers.data());
   for (int64_t i = 0; i < n; i++) {
     const float* z = w.numbers.data() + i * w.width;
-    double squares = 0;
-    for (int64_t d = 0; d < w.width; d++) squares += (double)z[d] * z[d];
+    const double squares = sum_in_lanes(w.width, [&](int64_t d) { return (double)z[d] * z[d]; });
     w.row[i] = {z, std::sqrt(squares) * (1 + 0x1p-30)};
     w.state[i] = !Distance::all_finite(z, w.width) ? kNotFinite
                  : w.row[i].length < (double)kHuge ? kNormal
@@ -154,11 +154,17 @@ void shift_rows(const Problem& p, int64_t n, const float* centre, Space& w) {
     if (i >= n || w.state[i] != kNormal) continue;
     shift(i);
     // S is half of |z - e|^2 - |z'|^2, or - z . e + z . c.
-    double sum = 0, sizes = 0;
-    for (int64_t d = 0; d < size; d++) {
-      const double z = w.row[i].numbers[d], c = centre[d], apart = z - c;
-      sum += l2 ? -apart * apart : z * c;
-      sizes += l2 ? apart * apart : std::abs(z * c);
+    const float* z = w.row[i].numbers;
+    double sum, sizes;
+    if (l2) {
+      sizes = sum_in_lanes(w.width, [&](int64_t d) {
+        const double apart = (double)z[d] - centre[d];
+        return apart * apart;
+      });
+      sum = -sizes;
+    } else {
+      sum = sum_in_lanes(w.width, [&](int64_t d) { return (double)z[d] * centre[d]; });
+      sizes = sum_in_lanes(w.width, [&](int64_t d) { return std::abs((double)z[d] * centre[d]); });
     }
     w.offset[i] = sum + sizes * (double)(2 * size + 16) * 0x1p-52;
 #if defined(__AVX512VNNI__)
@@ -175,13 +181,75 @@ void shift_rows(const Problem& p, int64_t n, const float* centre, Space& w) {
   }
 }
 
-// Codes of group `g` and lane `lane` are candidates.
-void offer_lane(const Problem& p, int64_t first, int64_t blocks, int64_t span, int64_t g, int lane,
-                Candidates& candidates) {
-  for (int64_t b = g * span; b < std::min(blocks, (g + 1) * span); b++) {
-    const int64_t begin = first + b * kBlock + lane * kCodeVectors;
-    for (int64_t j = begin; j < std::min(begin + kCodeVectors, p.codes.count); j++) candidates.offer(j);
+// Groups and lanes whose codes are candidates, in a queue while their codes come from memory.
+class Hits {
+ public:
+  Hits(const Problem& p, int64_t first, int64_t blocks, int64_t span, Candidates& candidates)
+      : p_(p), first_(first), blocks_(blocks), span_(span), candidates_(candidates) {}
+  ~Hits() {
+    for (int i = 0; i < std::min(seen_, kQueue); i++) offer(queue_[(seen_ + i) % std::min(seen_, kQueue)]);
   }
+
+  void add(int64_t group, int lane) {
+    Hit& place = queue_[seen_ % kQueue];
+    if (seen_ >= kQueue) offer(place);
+    place = {group, lane};
+    seen_++;
+    const int64_t bytes = p_.codes.size * size_of(p_.codes.dtype);
+    for_codes(place, [&](int64_t j) {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p_.codes.at(j) + at);
+    });
+  }
+
+ private:
+  static constexpr int kQueue = 4;
+  struct Hit {
+    int64_t group;
+    int lane;
+  };
+
+  template <class F>
+  void for_codes(const Hit& hit, const F& f) {
+    for (int64_t b = hit.group * span_; b < std::min(blocks_, (hit.group + 1) * span_); b++) {
+      const int64_t begin = first_ + b * kBlock + hit.lane * kCodeVectors;
+      for (int64_t j = begin; j < std::min(begin + kCodeVectors, p_.codes.count); j++) f(j);
+    }
+  }
+  void offer(const Hit& hit) {
+    for_codes(hit, [&](int64_t j) { candidates_.offer(j); });
+  }
+
+  const Problem& p_;
+  int64_t first_, blocks_, span_;
+  Candidates& candidates_;
+  int seen_ = 0;
+  Hit queue_[kQueue];
+};
+
+// About the k-th least number, and not less than it. The least of each lane of every `sets`-th vector are k or more
+// numbers, so that the k-th least of all is not above the largest of them: what remains under that is sorted.
+float kth_least(const float* x, int64_t vectors, int64_t k) {
+  const int64_t sets = tiles_of(k, kLanes);
+  if (vectors < sets) return std::numeric_limits<float>::infinity();
+  float bound = -std::numeric_limits<float>::infinity();
+  for (int64_t s = 0; s < sets; s++) {
+    vf most = load<vf>(x + s * kLanes);
+    for (int64_t v = s + sets; v < vectors; v += sets) most = smaller(load<vf>(x + v * kLanes), most);
+    bound = std::max(bound, largest_lane(most));
+  }
+  float some[256];
+  int count = 0;
+  for (int64_t v = 0; v < vectors; v++) {
+    const vf these = load<vf>(x + v * kLanes);
+    if (!any(these <= splat(bound))) continue;
+    for (int i = 0; i < kLanes; i++)
+      if (these[i] <= bound) {
+        if (count == 256) return bound;
+        some[count++] = these[i];
+      }
+  }
+  std::nth_element(some, some + k - 1, some + count);
+  return some[k - 1];
 }
 
 // Offers what the bounds leave of the packed codes, which begin at `first`.
@@ -194,24 +262,22 @@ void offer_packed(const Problem& p, int64_t i, int64_t first, int64_t blocks, in
     for (int64_t g = 1; g < groups; g++) most = smaller(load<vf>(least + g * kLanes), most);
     best = -largest_lane(-most);
   } else {
-    std::vector<float> sorted(least, least + groups * kLanes);
-    const int64_t at = std::min<int64_t>(k, groups * kLanes) - 1;
-    std::nth_element(sorted.begin(), sorted.begin() + at, sorted.end());
-    best = sorted[at];
+    best = kth_least(least, groups, k);
   }
   const auto under = [&](float cut) {
+    Hits hits(p, first, blocks, span, w.candidates);
     for (int64_t g = 0; g < groups; g++) {
       float* from = least + g * kLanes;
       if (!any(load<vf>(from) <= splat(cut))) continue;
       for (int lane = 0; lane < kLanes; lane++) {
         if (!(from[lane] <= cut)) continue;
         from[lane] = std::numeric_limits<float>::quiet_NaN();  // not twice
-        offer_lane(p, first, blocks, span, g, lane, w.candidates);
+        hits.add(g, lane);
       }
     }
   };
   under(best);
-  w.candidates.tighten();
+  w.candidates.sharpen();
   const double half = p.a.metric == kL2 ? 0.5 : 1.0;
   const double cut = half * (w.candidates.cut() + w.offset[i]) + (double)(p.a.size + 2) * 8 * kSmallest;
   const double scaled = cut / w.rows.scale;
@@ -252,20 +318,20 @@ void run_group(const Problem& p) {
   const NearestArgs& a = p.a;
   const int64_t rows = p.rows, k = a.k, chunks = tiles_of(rows, kRowChunk);
   const int threads = threads_for(rows * a.count * a.size, 1 << 16);
-  const bool few = rows <= kFewRows;
+  const bool few = rows <= (a.size < 2 * kLanes ? 12 : 6);  // not worth packing the codes
 
   // Packed at a time, and how the codes are shared out where there are fewer chunks of rows than threads keep busy.
   const int64_t all_blocks = tiles_of(a.count, kBlock);
   const int64_t bytes = Packed::block_floats(a.size) * 4;
-  const int64_t allowed =
-      std::min<int64_t>(kMostPackedBytes, (int64_t)(kMemoryShare * 4 * (double)rows * (double)a.count));
-  const int64_t most_blocks = std::max(kFewestPacked / kBlock, allowed / bytes);
+  const int64_t share = (int64_t)(kShareOfScores * 4 * (double)rows * (double)a.count);
+  const int64_t allowed = std::max(std::min(kMostBytes, share), rows < kSomeRows ? kBytesOfSome : 0);
+  const int64_t most_blocks = std::max<int64_t>(allowed / bytes, 8);
   const int64_t passes = few ? 1 : tiles_of(all_blocks, most_blocks), pass_blocks = tiles_of(all_blocks, passes);
   const int64_t wanted = threads > 1 && chunks < 2 * threads ? tiles_of(2 * threads, chunks) : 1;
   const int64_t part_blocks = tiles_of(pass_blocks, wanted), parts = tiles_of(pass_blocks, part_blocks);
   const int64_t span = tiles_of(part_blocks, kMostGroups), groups = tiles_of(part_blocks, span);
 
-  std::vector<float> centre(a.size);
+  std::vector<float> centre(padded(a.size));
   find_centre(p, centre.data());
   const Floats memory(few ? 1 : pass_blocks * Packed::block_floats(a.size));
   const Packed packed{words_of(a.size), memory.data()};
@@ -278,7 +344,8 @@ void run_group(const Problem& p) {
       for_each(
           threads, blocks, [&] { return PackSpace(a.size); },
           [&](PackSpace& space, int64_t b) {
-            pack_block(p.codes, a.metric, centre.data(), (begin + b) * kBlock, packed.words, packed.block(b), space);
+            pack_block(p.codes, a.metric, k == 1, centre.data(), (begin + b) * kBlock, packed.words, packed.block(b),
+                       space);
           });
     for_each(threads, chunks * parts, make, [&](Space& w, int64_t item) {
       const int64_t first = item / parts * kRowChunk, n = std::min(kRowChunk, rows - first), part = item % parts;
