@@ -39,10 +39,9 @@ BEST_ISA = "avx512bf16"
 FAMILIES = ("sampler_step", "token_sampling", "attention", "vector_quantize")
 
 PARTS = {
-    "vector_quantize": ("vector_quantize", "scalar_quantize"),
     "token_sampling": ("token_sampling", "token_transfer", "token_masking", "token_transition", "token_head"),
     "attention": ("attention", "attention_cached"),
-    "vector_quantize": ("vector_quantize", "code_update"),
+    "vector_quantize": ("vector_quantize", "code_update", "scalar_quantize"),
 }
 """The files in which a family of several ops is written, in every layer; by default one of the family's own name."""
 

@@ -10,7 +10,7 @@ void register_attention(pybind11::module_& module);
 void register_attention_cached(pybind11::module_& module);
 void register_token_head(pybind11::module_& module);
 void register_code_update(pybind11::module_& module);
-void register_vector_quantize(pybind11::module_& module);
 void register_scalar_quantize(pybind11::module_& module);
+void register_vector_quantize(pybind11::module_& module);
 
 }  // namespace genfast

@@ -153,6 +153,6 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_attention_cached(module);
   register_token_head(module);
   register_code_update(module);
-  register_vector_quantize(module);
   register_scalar_quantize(module);
+  register_vector_quantize(module);
 }
