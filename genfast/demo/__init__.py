@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--text", action="store_true", help="train a language model on text that is on the machine")
     kind.add_argument("--vq", action="store_true", help="train a VQ-VAE on the digits and a transformer on its codes")
-    parser.add_argument("--steps", type=int, help="training steps (default 2000, half a minute; text: two minutes)")
+    parser.add_argument(
+        "--steps", type=int, help="training steps (default 2000, half a minute; text: two minutes; vq: 600)"
+    )
     parser.add_argument("--samples", type=int, help="samples per class (default 50); with --text, texts (default 16)")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default 1.5); not of text")
     parser.add_argument("--prompt", help="begin every text with this; with --text only")
@@ -67,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the pictures and texts")
     parser.add_argument("--backend", help="run the samplers on this backend")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the training, fewer samples and steps")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the training (vq: a fifth), fewer samples and steps"
+    )
     arguments = parser.parse_args(argv)
     if arguments.text and arguments.guidance is not None:
         parser.error("--guidance is for digits, not for --text")

@@ -1,7 +1,7 @@
 """Stage one: an autoencoder whose bottleneck is a 4 x 4 grid of codes (VQ-VAE, van den Oord et al. 2017).
 
-The codebook begins with k-means, follows moving averages of the encoder's vectors (VQ-VAE-2) and gives codes that nobody
-uses a vector of the batch; gradients pass the bottleneck by the rotation trick (Fifty et al. 2024).
+The codebook begins with k-means and follows moving averages of the encoder's vectors (VQ-VAE-2); a code that nobody
+uses gets a vector of the batch. Gradients pass the bottleneck by the rotation trick (Fifty et al. 2024).
 """
 
 from __future__ import annotations

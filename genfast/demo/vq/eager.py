@@ -85,7 +85,7 @@ def sample(net: Prior, labels: Tensor, choice: Choice, generator: torch.Generato
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + choice.guidance * (conditional - unconditional)
-        p = filtered(logits / choice.temperature, choice.top_k, choice.top_p).softmax(-1)
+        p = filtered(logits, choice.top_k, choice.top_p).softmax(-1)
         drawn = torch.multinomial(p, 1, generator=generator)
         codes = torch.cat([codes, drawn], 1)
         before = drawn.repeat(1 + guided, 1)

@@ -1,8 +1,7 @@
 """Stage two: a small transformer that writes codes one after the other, given a class (VQGAN, Esser et al. 2021).
 
-It is trained on the codes of the digits with ``attention`` under the causal mask, and sampled with
-``attention_cached``, which stores each code's keys and values, and ``sample_tokens``: guidance, top-p, top-k and the
-draw in one pass.
+It is trained on the codes of the digits with ``attention`` under the causal mask, and sampled with ``attention`` over the
+keys and values kept so far and ``sample_tokens``: guidance, top-p, top-k and the draw in one pass.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from torch.nn import functional as F
 from genfast.attention_mask import AttentionMask
 from genfast.demo.data import CLASSES, Digits
 from genfast.demo.vq.autoencoder import CODES, SIDE, Autoencoder
-from genfast.kv_cache import KVCache
 from genfast.ops.attention import attention
-from genfast.ops.attention_cached import attention_cached
 from genfast.ops.token_sampling import sample_tokens
 
 LENGTH = SIDE * SIDE
@@ -36,12 +33,24 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next code is drawn: of what ``top_p`` leaves the ``top_k`` most likely, at a temperature, with guidance."""
+    """How the next code is drawn: with guidance, and among the ``top_k`` most likely of what ``top_p`` leaves."""
 
     guidance: float
     top_k: int | None
     top_p: float | None
-    temperature: float = 1.0
+
+
+class Kept:
+    """Attention over all keys and values so far, which are as many for every row: a place for each, and no copies."""
+
+    def __init__(self, batch: int, heads: int, width: int):
+        self.keys, self.values = torch.empty(2, batch, heads, LENGTH, width)
+        self.length = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        begin, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, begin : self.length], self.values[:, :, begin : self.length] = k, v
+        return attention(q, self.keys[:, :, : self.length], self.values[:, :, : self.length])
 
 
 class Layer(nn.Module):
@@ -145,8 +154,7 @@ def sample(net: Prior, labels: Tensor, choice: Choice, seed: int) -> tuple[Tenso
     codes = labels.new_empty(len(labels), LENGTH)
     guided = choice.guidance != 1
     asked = torch.cat([labels, torch.full_like(labels, CLASSES)]) if guided else labels
-    caches = [KVCache(len(asked), net.heads, LENGTH, net.head_dim) for _ in net.layers]
-    attends = [partial(_attend_and_store, cache) for cache in caches]
+    attends = [Kept(len(asked), net.heads, net.head_dim) for _ in net.layers]
     before = asked.new_empty(len(asked), 0)
     for i in range(LENGTH):
         began = time.perf_counter()
@@ -157,7 +165,7 @@ def sample(net: Prior, labels: Tensor, choice: Choice, seed: int) -> tuple[Tenso
             logits,
             uncond=others[0] if guided else None,
             guidance=choice.guidance if guided else None,
-            temperature=choice.temperature,
+            temperature=1.0,
             top_k=choice.top_k,
             top_p=choice.top_p,
             confidence=None,
@@ -166,7 +174,3 @@ def sample(net: Prior, labels: Tensor, choice: Choice, seed: int) -> tuple[Tenso
         ).tokens
         before = codes[:, i : i + 1].repeat(1 + guided, 1)
     return codes, time.perf_counter() - start - inside
-
-
-def _attend_and_store(cache: KVCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention_cached(q, cache, k=k, v=v, write="append")
