@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     kind.add_argument("--text", action="store_true", help="train a language model on text that is on the machine")
     kind.add_argument("--vq", action="store_true", help="train a VQ-VAE on the digits and a transformer on its codes")
     parser.add_argument(
-        "--steps", type=int, help="training steps (default 2000, half a minute; text: two minutes; vq: 600)"
+        "--steps", type=int, help="training steps (default 2000, half a minute; text: two minutes; vq: 500)"
     )
     parser.add_argument("--samples", type=int, help="samples per class (default 50); with --text, texts (default 16)")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default 1.5); not of text")

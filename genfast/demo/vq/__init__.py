@@ -24,7 +24,7 @@ from genfast.ops.code_update import ema_update_, quantize
 from genfast.ops.token_sampling import sample_tokens
 from genfast.ops.vector_quantize import nearest_code
 
-STEPS = 600
+STEPS = 500
 """Of stage one, by default; stage two has half as many again."""
 
 

@@ -1,7 +1,7 @@
 """Stage two: a small transformer that writes codes one after the other, given a class (VQGAN, Esser et al. 2021).
 
-It is trained on the codes of the digits with ``attention`` under the causal mask, and sampled with ``attention`` over the
-keys and values kept so far and ``sample_tokens``: guidance, top-p, top-k and the draw in one pass.
+It is trained on the codes of the digits with ``attention`` under the causal mask, and sampled with ``attention`` over
+the keys and values kept so far and ``sample_tokens``: guidance, top-p, top-k and the draw in one pass.
 """
 
 from __future__ import annotations
