@@ -43,7 +43,7 @@ def plans(settings: Settings) -> list[Plan]:
 
 def codes_and_rows(kind: str, shape, dtype, device) -> tuple[Tensor, object]:
     """A codebook, and rows to rotate."""
-    rows, codes, size = shape
+    rows, codes, _ = shape
     codebook = pool((codes, size), dtype, device, seed=1)[0]
     z = pool((rows, size), dtype, device)
     if kind == "clustered":

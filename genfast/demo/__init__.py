@@ -1,7 +1,7 @@
 """``genfast demo``: train a denoiser on real digits, sample it with five fused samplers, measure and draw the result.
 
 One network serves all five, see ``network.py``; ``eager.py`` holds the same samplers in plain PyTorch. ``--text`` does
-the same with text and four samplers, see ``text/``.
+the same with text and four samplers, see ``text/``; ``--vq`` writes digits in two stages by codes, see ``vq/``.
 """
 
 from __future__ import annotations
@@ -55,23 +55,36 @@ def _entries() -> list[Entry]:
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 if it went well, 2 if a package is missing."""
     parser = argparse.ArgumentParser(prog="genfast demo", description=__doc__.split(": ", 1)[1].split("\n")[0])
-    parser.add_argument("--text", action="store_true", help="train a language model on text that is on the machine")
-    parser.add_argument("--steps", type=int, help="training steps (default 2000, half a minute; text: two minutes)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--text", action="store_true", help="train a language model on text that is on the machine")
+    kind.add_argument("--vq", action="store_true", help="train a VQ-VAE on the digits and a transformer on its codes")
+    parser.add_argument(
+        "--steps", type=int, help="training steps (default 2000, half a minute; text: two minutes; vq: 500)"
+    )
     parser.add_argument("--samples", type=int, help="samples per class (default 50); with --text, texts (default 16)")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default 1.5); not of text")
     parser.add_argument("--prompt", help="begin every text with this; with --text only")
+    parser.add_argument("--top-k", type=int, help="draw among so many codes (default 16); with --vq only")
+    parser.add_argument("--top-p", type=float, help="draw among codes of this probability (default 0.95); as --top-k")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the pictures and texts")
     parser.add_argument("--backend", help="run the samplers on this backend")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the training, fewer samples and steps")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the training (vq: a fifth), fewer samples and steps"
+    )
     arguments = parser.parse_args(argv)
     if arguments.text and arguments.guidance is not None:
         parser.error("--guidance is for digits, not for --text")
     if arguments.prompt is not None and not arguments.text:
         parser.error("--prompt goes with --text")
-    for name in ("steps", "samples"):
+    for name in ("top_k", "top_p"):
+        if getattr(arguments, name) is not None and not arguments.vq:
+            parser.error(f"--{name.replace('_', '-')} goes with --vq")
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
+        parser.error("--top-p must be above 0 and at most 1")
+    for name in ("steps", "samples", "top_k"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     needs = {module: package for module, package in NEEDS.items() if module == "PIL" or not arguments.text}
     missing = [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -79,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if arguments.text:
         return _text(arguments, parser)
+    if arguments.vq:
+        return _vq(arguments)
     arguments.steps = 2000 if arguments.steps is None else arguments.steps
     arguments.samples = 50 if arguments.samples is None else arguments.samples
     arguments.guidance = 1.5 if arguments.guidance is None else arguments.guidance
@@ -106,6 +121,20 @@ def _text(arguments, parser: argparse.ArgumentParser) -> int:
     except NoText as error:
         print(error, file=sys.stderr)
         return 2
+    return 0
+
+
+def _vq(arguments) -> int:
+    from genfast.demo import vq
+
+    defaults = dict(steps=vq.STEPS, samples=50, guidance=1.5, top_k=16, top_p=0.95)
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.quick:
+        arguments.samples = min(arguments.samples, 20)
+    with backend(arguments.backend) if arguments.backend else contextlib.nullcontext():
+        vq.run(arguments, _progress)
     return 0
 
 

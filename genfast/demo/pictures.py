@@ -1,4 +1,4 @@
-"""Grids of digits as PNG files."""
+"""Grids of digits as PNG files, and the letters of pictures."""
 
 from __future__ import annotations
 
@@ -44,3 +44,13 @@ def overview(strips: dict[str, Tensor], columns: int, path: Path) -> None:
         page.paste(Image.fromarray(canvas), (0, top + caption))
         top += canvas.shape[0] + caption
     page.save(path)
+
+
+def font(size: int):
+    """Pillow's own font, of this size where it has one of any size (from 10.1 on, built with FreeType)."""
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:
+        return ImageFont.load_default()

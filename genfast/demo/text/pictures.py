@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from genfast.demo.pictures import font as letters
+
 COLUMNS = 64
 CELL, LINE, MARGIN, CAPTION, GAP = 13, 20, 12, 24, 8
 # From early to late: blue, green, yellow, red, all light enough for black letters.
@@ -38,10 +40,10 @@ def size(panels: Sequence[Panel]) -> tuple[int, int]:
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
     """One panel below the other, each with its texts in cells, a line break as an arrow; a legend first."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     page = Image.new("RGB", size(panels), "white")
-    pen, font = ImageDraw.Draw(page), _font(ImageFont)
+    pen, font = ImageDraw.Draw(page), letters(14)
     top = MARGIN
     pen.text((MARGIN, top), "written first", fill="black", font=font)
     bar = MARGIN + 90
@@ -66,14 +68,6 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
                     pen.text((x + (CELL - font.getlength(character)) / 2, y + 1), character, fill="black", font=font)
             top += _lines(text) * LINE + GAP
     page.save(path)
-
-
-def _font(fonts):
-    """Pillow's own font, at a good size where it has one of any size (from 10.1 on, built with FreeType)."""
-    try:
-        return fonts.load_default(14)
-    except TypeError:
-        return fonts.load_default()
 
 
 def _lines(text: str) -> int:
