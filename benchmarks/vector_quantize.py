@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import genfast
-from benchmarks import peers
+from benchmarks import code_update, peers, scalar_quantize, vector_quantize_modules
 from benchmarks.attention import bars, names
 from benchmarks.harness import Bar, Case, Peer, Plan, Settings
 from benchmarks.rotation import pool
@@ -38,12 +38,17 @@ def plans(settings: Settings) -> list[Plan]:
         shape = (rows // 16, codes // 16, size) if settings.quick else (rows, codes, size)
         case = functools.partial(nearest_case, settings.device, not settings.quick, kind, shape, *rest)
         found.append(Plan(f"nearest {kind} {rows}x{codes}x{size} {names(rest[0])}", case))
-    return found
+    return [
+        *found,
+        *vector_quantize_modules.plans(settings),
+        *code_update.plans(settings),
+        *scalar_quantize.plans(settings),
+    ]
 
 
 def codes_and_rows(kind: str, shape, dtype, device) -> tuple[Tensor, object]:
     """A codebook, and rows to rotate."""
-    rows, codes, _ = shape
+    rows, codes, size = shape
     codebook = pool((codes, size), dtype, device, seed=1)[0]
     z = pool((rows, size), dtype, device)
     if kind == "clustered":
@@ -66,7 +71,7 @@ def codes_and_rows(kind: str, shape, dtype, device) -> tuple[Tensor, object]:
 
 
 def nearest_case(device, compiled, kind, shape, dtype, faiss_bar, bar) -> Case:
-    rows, codes, size = shape
+    rows, codes, _ = shape
     codebook, z = codes_and_rows(kind, shape, dtype, device)
     wide = codebook.float()
 
