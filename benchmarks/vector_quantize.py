@@ -66,7 +66,7 @@ def codes_and_rows(kind: str, shape, dtype, device) -> tuple[Tensor, object]:
 
 
 def nearest_case(device, compiled, kind, shape, dtype, faiss_bar, bar) -> Case:
-    rows, codes, size = shape
+    rows, codes, _ = shape
     codebook, z = codes_and_rows(kind, shape, dtype, device)
     wide = codebook.float()
 
