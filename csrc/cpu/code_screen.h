@@ -69,6 +69,13 @@ struct Sums {
   float squares, largest;
 };
 
+// Not less than |x| of `size` numbers: a sum of squares loses what underflows.
+inline float length_of(const Sums& sums, int64_t size) {
+  const float inflate = 1.0f + (float)(size + 24) * (float)kUnit;
+  if (sums.squares > 1e-25f) return std::sqrt(sums.squares) * inflate;
+  return sums.largest * std::sqrt((float)size) * inflate;
+}
+
 // |x|^2 and the largest magnitude; n is a multiple of kLanes.
 inline Sums measure(const float* x, int64_t n) {
   vf sum{}, most{};
@@ -81,10 +88,10 @@ inline Sums measure(const float* x, int64_t n) {
 }
 
 #if defined(__AVX512VNNI__)
-// Whole numbers nearest to x / scale as bytes, xor'ed with `flip`; squared lengths of what they stand for and of the
-// rest.
+// Whole numbers nearest to x / scale as bytes, xor'ed with `flip`; lengths of what they stand for and of the rest, or
+// more.
 struct Rounded {
-  float squares, rest;
+  float length, rest;
 };
 inline Rounded to_bytes(const float* x, int64_t n, float scale, int8_t flip, int8_t* to) {
   const vf inverse = splat(1.0f / scale), s = splat(scale);
@@ -97,7 +104,9 @@ inline Rounded to_bytes(const float* x, int64_t n, float scale, int8_t flip, int
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d),
                      _mm_xor_si128(_mm512_cvtepi32_epi8(whole), _mm_set1_epi8(flip)));
   }
-  return {sum_of(squares), sum_of(rest)};
+  const float root = std::sqrt((float)n), inflate = 1.0f + (float)(n + 24) * (float)kUnit;
+  if (scale < 1e-12f) return {127.5f * scale * root, 0.5f * scale * root * inflate};  // squares underflow
+  return {std::sqrt(sum_of(squares)) * inflate, std::sqrt(sum_of(rest)) * inflate};
 }
 #endif
 
@@ -113,7 +122,6 @@ struct PackSpace {
 inline void pack_block(const Codes& codes, Metric metric, bool one, const float* centre, int64_t first, int64_t words,
                        float* to, PackSpace& space) {
   const int64_t size = codes.size, width = space.width, row_words = padded(words);
-  const float inflate = 1.0f + (float)(size + 24) * (float)kUnit;
   float *n = to + words * kBlock, *a = n + kBlock, *b = a + kBlock, *t = b + kBlock;
   float* x = space.code.data();
   std::fill(x + size, x + width, 0.0f);
@@ -140,7 +148,7 @@ inline void pack_block(const Codes& codes, Metric metric, bool one, const float*
       }
       for (int64_t d = 0; d < size; d++) x[d] -= centre[d];
       const Sums sums = measure(x, width);
-      const float length = std::sqrt(sums.squares) * inflate;
+      const float length = length_of(sums, size);
       const float half = metric == kL2 ? sums.squares * 0.5f : 0.0f;
       // What was rounded before this: the difference from the centre, a length of 1.
       float before = 2.0f * (float)kUnit * length;
@@ -148,8 +156,8 @@ inline void pack_block(const Codes& codes, Metric metric, bool one, const float*
 #if defined(__AVX512VNNI__)
       const float scale = std::max(sums.largest / 127.0f, kLeastScale);
       const Rounded found = to_bytes(x, width, scale, (int8_t)0x80, reinterpret_cast<int8_t*>(row));
-      a[at] = std::sqrt(found.squares) * inflate;
-      b[at] = std::sqrt(found.rest) * inflate + before + 16.0f * (float)kUnit * length;
+      a[at] = found.length;
+      b[at] = found.rest + before + 16.0f * (float)kUnit * length;
       t[at] = scale;
 #else
       std::copy(x, x + size, row);

@@ -125,7 +125,6 @@ void begin_rows(const Problem& p, int64_t first, int64_t n, Space& w) {
 void shift_rows(const Problem& p, int64_t n, const float* centre, Space& w) {
   const int64_t size = p.a.size;
   const bool l2 = p.a.metric == kL2;
-  const float inflate = 1.0f + (float)(size + 24) * (float)kUnit;
   float* x = w.shifted.data();
   ScreenRows& rows = w.rows;
   rows.words = words_of(size), rows.stride = row_floats(size), rows.data = w.words.data();
@@ -139,7 +138,7 @@ void shift_rows(const Problem& p, int64_t n, const float* centre, Space& w) {
     if (w.state[i] != kNormal) continue;
     shift(i);
     const Sums sums = measure(x, w.width);
-    const float length = std::sqrt(sums.squares) * inflate;
+    const float length = length_of(sums, size);
     if (!(length < kHuge)) {
       w.state[i] = kOutOfRange;
       continue;
@@ -172,7 +171,7 @@ void shift_rows(const Problem& p, int64_t n, const float* centre, Space& w) {
     for (int64_t d = 0; d < size; d++) x[d] = -x[d];
     int8_t* bytes = reinterpret_cast<int8_t*>(to);
     const Rounded found = to_bytes(x, w.width, rows.scale, 0, bytes);
-    rows.residual = std::max(rows.residual, std::sqrt(found.rest) * inflate + 2.0f * (float)kUnit * rows.length);
+    rows.residual = std::max(rows.residual, found.rest + 2.0f * (float)kUnit * rows.length);
     int32_t all = 0;
     for (int64_t d = 0; d < size; d++) all += bytes[d];
     rows.start[i] = -128 * all;
