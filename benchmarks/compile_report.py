@@ -141,7 +141,14 @@ def triton_launches(cases=None, dtypes=None, target: str = "sm_90") -> dict[str,
 
 def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(name, dtypes, call) of every configuration of every family, as the target runs it."""
-    from genfast.kernels import attention, attention_configurations, configurations, token_configurations
+    from genfast.kernels import (
+        attention,
+        attention_configurations,
+        configurations,
+        scalar_quantize,
+        scalar_quantize_configurations,
+        token_configurations,
+    )
     from genfast.kernels.attention_cached import attention_cached, cache_write
     from genfast.kernels.sampler_step import sampler_step
     from genfast.kernels.token_head import lm_head_partials, merge_head_partials
@@ -187,6 +194,10 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
         for dtype in attention_configurations.DTYPES:
             args, options = attention_configurations.write_arguments(name, dtype)
             yield f"write_{name}", dtype, functools.partial(cache_write, *args, **options)
+    for name in scalar_quantize_configurations.CASES:
+        for dtype in scalar_quantize_configurations.DTYPES:
+            op, args, options = scalar_quantize_configurations.arguments(name, dtype)
+            yield name, dtype, functools.partial(getattr(scalar_quantize, op), *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):

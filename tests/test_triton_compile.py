@@ -93,6 +93,15 @@ def test_the_kernel_that_writes_a_cache_on_every_target():
     assert {row.kernel for row in rows} == {"write_kernel"}
 
 
+def test_the_kernels_of_scalar_quantizers_on_every_target():
+    names = ("fsq", "fsq_image_backward", "bsq_least_18", "bsq_least_18_backward")
+    rows = compile_without_spills(names, ["bf16"])
+    assert {row.kernel for row in rows} == {
+        "fsq_kernel", "fsq_backward_kernel", "code_kernel", "bits_kernel", "mean_kernel", "code_entropy_kernel",
+        "code_gradient_kernel", "row_gradient_kernel",
+    }  # fmt: skip
+
+
 def attention_launches(q_len, kv_len, **options):
     _, (q, k, v), defaults = attention_configurations.arguments("attention_few_queries_64", "bf16")
     q, out = (t.expand(1, 32, q_len, 64) for t in (q[:, :, :1], q[:, :, :1]))
