@@ -147,6 +147,8 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
         code_update,
         code_update_configurations,
         configurations,
+        scalar_quantize,
+        scalar_quantize_configurations,
         token_configurations,
         vector_quantize,
         vector_quantize_configurations,
@@ -204,6 +206,10 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
         for dtype in code_update_configurations.DTYPES:
             op, args, options = code_update_configurations.arguments(name, dtype)
             yield name, dtype, functools.partial(getattr(code_update, op), *args, **options)
+    for name in scalar_quantize_configurations.CASES:
+        for dtype in scalar_quantize_configurations.DTYPES:
+            op, args, options = scalar_quantize_configurations.arguments(name, dtype)
+            yield name, dtype, functools.partial(getattr(scalar_quantize, op), *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):

@@ -1,7 +1,7 @@
 """Lookup-free and binary spherical quantisation. ``genfast.reference.scalar_quantize`` is the specification.
 
 The losses are those of a softmax over 2^block codes, whose p(code) is A[high bits] B[low bits], products of the bits'
-own probabilities. ``bits_kernel`` writes these, [2 or 4][D][G][N]: q0 and q1, and for a least probability their
+own probabilities. ``bits_kernel`` writes these, [G][N][D][2 or 4]: q0 and q1, and for a least probability their
 logarithms; of rows that do not count 0, so that nothing that follows asks for the mask. Then
 
 * the mean probability is the matrix product of A and B over the rows: a tile of it per program and chunk of rows,
@@ -31,8 +31,10 @@ CHUNKS, CELLS = 64, 1 << 21
 """Chunks of rows that are summed apart, at the most, and numbers of all their sums together."""
 ROWS = 32
 """Of a tile whose codes are enumerated."""
-WIDE = 64
-"""Codes of half a block that a program holds."""
+WIDE, NARROW = 64, 16
+"""Codes of half a block that a program holds: of the means, and where a thread has a row."""
+ONE_WARP = EXACT | dict(num_warps=1)
+EIGHT_WARPS = EXACT | dict(num_warps=8)
 _SHORTEST = tl.constexpr(spec.SHORTEST)
 
 
@@ -120,8 +122,8 @@ def bits_kernel(
     counts = _counts(mask, mask_strides, at[0], at[1], inside, MASKED)
     z_at = offset(at, z_strides)
     norm = _length(z, z_at, z_strides[3], inside, SIZE, NORMALISE, TILE)
-    to = bits + at[2] * all_rows + at[0] * length + at[1]
-    step = groups * all_rows.to(tl.int64)
+    PARTS: tl.constexpr = 4 if LOGS else 2
+    to = bits + (at[2] * all_rows + at[0] * length + at[1]) * (SIZE * PARTS)
     entropies = tl.zeros((TILE,), tl.float32)
     squares = tl.zeros((TILE,), tl.float32)
     for d in range(SIZE):
@@ -134,12 +136,12 @@ def bits_kernel(
         # 0 times infinity is 0 here; NaN stays.
         unlikely = tl.where(logit > 0, q0, q1)
         entropies += tl.where(counts, log + tl.where(unlikely == 0, 0.0, unlikely * size), 0.0)
-        tl.store(to + d * step, tl.where(counts, q0, 0.0), mask=inside)
-        tl.store(to + (SIZE + d) * step, tl.where(counts, q1, 0.0), mask=inside)
+        tl.store(to + d * PARTS, tl.where(counts, q0, 0.0), mask=inside)
+        tl.store(to + d * PARTS + 1, tl.where(counts, q1, 0.0), mask=inside)
         if LOGS:
             up = logit > 0
-            tl.store(to + (2 * SIZE + d) * step, tl.where(counts, -log - tl.where(up, size, 0.0), 0.0), mask=inside)
-            tl.store(to + (3 * SIZE + d) * step, tl.where(counts, -log - tl.where(up, 0.0, size), 0.0), mask=inside)
+            tl.store(to + d * PARTS + 2, tl.where(counts, -log - tl.where(up, size, 0.0), 0.0), mask=inside)
+            tl.store(to + d * PARTS + 3, tl.where(counts, -log - tl.where(up, 0.0, size), 0.0), mask=inside)
     t = tl.program_id(0)
     tl.store(sums + 2 * t, tl.sum(entropies, 0))
     tl.store(sums + 2 * t + 1, tl.sum(squares, 0))
@@ -180,8 +182,7 @@ def row_gradient_kernel(
     counts = _counts(mask, mask_strides, at[0], at[1], inside, MASKED)
     z_at, passed, out_at = offset(at, z_strides), grad + offset(at, grad_strides), offset(at, out_strides)
     norm = _length(z, z_at, z_strides[3], inside, SIZE, NORMALISE, TILE)
-    logits = grad_logits + at[2] * all_rows + at[0] * length + at[1]
-    step = groups * all_rows.to(tl.int64)
+    logits = grad_logits + (at[2] * all_rows + at[0] * length + at[1]) * SIZE
     by_entropy = 0.0
     by_square = 0.0
     if LOSSES:
@@ -193,7 +194,7 @@ def row_gradient_kernel(
         for d in range(SIZE):
             u = _unit(z, z_at, d, z_strides[3], inside, norm, radius, NORMALISE)
             along += u * _gradient(
-                u, passed + d * grad_strides[3], logits + d * step, inside, counts, by_entropy, by_square, magnitude,
+                u, passed + d * grad_strides[3], logits + d, inside, counts, by_entropy, by_square, magnitude,
                 chain, PASSED, LOSSES, BITS, CODES,
             )  # fmt: skip
         along = tl.where(norm < _SHORTEST, 0.0, along / (radius * radius))
@@ -201,7 +202,7 @@ def row_gradient_kernel(
     for d in range(SIZE):
         u = _unit(z, z_at, d, z_strides[3], inside, norm, radius, NORMALISE)
         found = _gradient(
-            u, passed + d * grad_strides[3], logits + d * step, inside, counts, by_entropy, by_square, magnitude, chain,
+            u, passed + d * grad_strides[3], logits + d, inside, counts, by_entropy, by_square, magnitude, chain,
             PASSED, LOSSES, BITS, CODES,
         )  # fmt: skip
         if NORMALISE:
@@ -219,24 +220,24 @@ def _bit_of(code, d, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _factors(at, plane, step, inside, code, COUNT: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
-    """[ROWS, codes]: the products over COUNT bits, or the sums of their logarithms."""
-    out = tl.full((ROWS, code.shape[0]), 0.0 if LOG else 1.0, tl.float32)
+def _factors(at, inside, code, COUNT: tl.constexpr, PARTS: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
+    """[codes, ROWS]: the products over COUNT bits, or the sums of their logarithms."""
+    out = tl.full((code.shape[0], ROWS), 0.0 if LOG else 1.0, tl.float32)
     for d in tl.static_range(COUNT):
-        zero = tl.load(at + d * step, mask=inside, other=0.0)
-        one = tl.load(at + plane + d * step, mask=inside, other=0.0)
-        factor = tl.where(_bit_of(code, d, COUNT)[None, :], one[:, None], zero[:, None])
+        zero = tl.load(at + (d * PARTS + 2 * LOG), mask=inside, other=0.0)
+        one = tl.load(at + (d * PARTS + 2 * LOG + 1), mask=inside, other=0.0)
+        factor = tl.where(_bit_of(code, d, COUNT)[:, None], one[None, :], zero[None, :])
         out = out + factor if LOG else out * factor
     return out
 
 
 @triton.jit
-def _factor(at, plane, step, inside, code, COUNT: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
+def _factor(at, inside, code, COUNT: tl.constexpr, PARTS: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
     """[ROWS] of one code."""
     out = tl.full((ROWS,), 0.0 if LOG else 1.0, tl.float32)
     for d in tl.static_range(COUNT):
         bit = (code >> (COUNT - 1 - d)) & 1
-        factor = tl.load(at + d * step + bit * plane, mask=inside, other=0.0)
+        factor = tl.load(at + bit + (d * PARTS + 2 * LOG), mask=inside, other=0.0)
         out = out + factor if LOG else out * factor
     return out
 
@@ -245,7 +246,7 @@ def _factor(at, plane, step, inside, code, COUNT: tl.constexpr, LOG: tl.constexp
 def mean_kernel(
     bits, partial, all_rows, groups, tiles_per_chunk,
     SIZE: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, HIGH_TILE: tl.constexpr, LOW_TILE: tl.constexpr,
-    ROWS: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """partial [chunks, G, D / block, 2^block]: the sums of a chunk's probabilities."""
     BLOCKS: tl.constexpr = SIZE // (HIGH + LOW)
@@ -255,17 +256,15 @@ def mean_kernel(
     low = t % ACROSS * LOW_TILE + tl.arange(0, LOW_TILE)
     high = t // ACROSS % DOWN * HIGH_TILE + tl.arange(0, HIGH_TILE)
     which = t // (ACROSS * DOWN)  # group and block
-    step = groups * all_rows.to(tl.int64)
-    plane = SIZE * step
-    start = bits + which % BLOCKS * (HIGH + LOW) * step + (which // BLOCKS).to(tl.int64) * all_rows
+    start = bits + PARTS * ((which // BLOCKS).to(tl.int64) * all_rows * SIZE + which % BLOCKS * (HIGH + LOW))
     total = tl.zeros((HIGH_TILE, LOW_TILE), tl.float64)
     first = chunk.to(tl.int64) * tiles_per_chunk
     for tile in range(first, tl.minimum(first + tiles_per_chunk, tl.cdiv(all_rows, ROWS))):
         row = tile * ROWS + tl.arange(0, ROWS)
         inside = row < all_rows
-        a = _factors(start + row, plane, step, inside, high, HIGH, False, ROWS)
-        b = _factors(start + HIGH * step + row, plane, step, inside, low, LOW, False, ROWS)
-        total += tl.dot(tl.trans(a), b, input_precision="ieee").to(tl.float64)
+        a = _factors(start + row * (SIZE * PARTS), inside, high, HIGH, PARTS, False, ROWS)
+        b = _factors(start + row * (SIZE * PARTS) + HIGH * PARTS, inside, low, LOW, PARTS, False, ROWS)
+        total += tl.dot(a, tl.trans(b), input_precision="ieee").to(tl.float64)
     blocks = groups * BLOCKS
     to = partial + ((chunk.to(tl.int64) * blocks + which) << (HIGH + LOW))
     within = (high < (1 << HIGH))[:, None] & (low < (1 << LOW))[None, :]
@@ -280,22 +279,20 @@ def code_entropy_kernel(
     """- sum p max(log p, lowest) of a tile of rows."""
     BLOCKS: tl.constexpr = SIZE // (HIGH + LOW)
     which = tl.program_id(1)
-    step = groups * all_rows.to(tl.int64)
-    plane = SIZE * step
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < all_rows
-    high_at = bits + which % BLOCKS * (HIGH + LOW) * step + (which // BLOCKS).to(tl.int64) * all_rows + row
-    low_at = high_at + HIGH * step
+    high_at = bits + 4 * (((which // BLOCKS).to(tl.int64) * all_rows + row) * SIZE + which % BLOCKS * (HIGH + LOW))
+    low_at = high_at + 4 * HIGH
     total = tl.zeros((ROWS,), tl.float32)
     for first in range(0, lows, LOW_TILE):
         low = first + tl.arange(0, LOW_TILE)
-        b = _factors(low_at, plane, step, inside, low, LOW, False, ROWS)
-        b = tl.where((low < lows)[None, :], b, 0.0)
-        log_b = _factors(low_at + 2 * plane, plane, step, inside, low, LOW, True, ROWS)
+        b = _factors(low_at, inside, low, LOW, 4, False, ROWS)
+        b = tl.where((low < lows)[:, None], b, 0.0)
+        log_b = _factors(low_at, inside, low, LOW, 4, True, ROWS)
         for high in range(highs):
-            a = _factor(high_at, plane, step, inside, high, HIGH, False, ROWS)
-            log_a = _factor(high_at + 2 * plane, plane, step, inside, high, HIGH, True, ROWS)
-            total += a * tl.sum(b * tl.maximum(log_a[:, None] + log_b, lowest), 1)
+            a = _factor(high_at, inside, high, HIGH, 4, False, ROWS)
+            log_a = _factor(high_at, inside, high, HIGH, 4, True, ROWS)
+            total += a * tl.sum(b * tl.maximum(log_a[None, :] + log_b, lowest), 0)
     tl.store(sums + tl.program_id(0) * tl.num_programs(1) + which, -tl.sum(total, 0))
 
 
@@ -305,53 +302,52 @@ def code_gradient_kernel(
     SIZE: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, MEAN: tl.constexpr, ENTROPY: tl.constexpr,
     BITS: tl.constexpr, LOW_TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the logits [D][G][N] of a tile of rows, from those of mean and entropy; BITS holds a block's."""
+    """The gradient of the logits [G][N][D] of a tile of rows, from those of mean and entropy; BITS holds a block's."""
     BLOCK: tl.constexpr = HIGH + LOW
     BLOCKS: tl.constexpr = SIZE // BLOCK
     which = tl.program_id(1)
-    step = groups * all_rows.to(tl.int64)
-    plane = SIZE * step
+    PARTS: tl.constexpr = 4 if ENTROPY else 2
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < all_rows
-    start = which % BLOCKS * BLOCK * step + (which // BLOCKS).to(tl.int64) * all_rows + row
-    high_at = bits + start
-    low_at = high_at + HIGH * step
+    start = ((which // BLOCKS).to(tl.int64) * all_rows + row) * SIZE + which % BLOCKS * BLOCK
+    high_at = bits + start * PARTS
+    low_at = high_at + HIGH * PARTS
     by_mean, by_entropy = tl.load(scales), tl.load(scales + 1)
     bit = tl.arange(0, BITS)
-    zero = tl.zeros((ROWS, BITS), tl.float32)
-    one = tl.zeros((ROWS, BITS), tl.float32)
+    zero = tl.zeros((BITS, ROWS), tl.float32)
+    one = tl.zeros((BITS, ROWS), tl.float32)
     for first in range(0, lows, LOW_TILE):
         low = first + tl.arange(0, LOW_TILE)
         known = low < lows
-        b = _factors(low_at, plane, step, inside, low, LOW, False, ROWS)
-        b = tl.where(known[None, :], b, 0.0)
-        along = tl.zeros((ROWS, LOW_TILE), tl.float32)
+        b = _factors(low_at, inside, low, LOW, PARTS, False, ROWS)
+        b = tl.where(known[:, None], b, 0.0)
+        along = tl.zeros((LOW_TILE, ROWS), tl.float32)
         if ENTROPY:
-            log_b = _factors(low_at + 2 * plane, plane, step, inside, low, LOW, True, ROWS)
+            log_b = _factors(low_at, inside, low, LOW, PARTS, True, ROWS)
         for high in range(highs):
-            a = _factor(high_at, plane, step, inside, high, HIGH, False, ROWS)
-            g = tl.zeros((ROWS, LOW_TILE), tl.float32)
+            a = _factor(high_at, inside, high, HIGH, PARTS, False, ROWS)
+            g = tl.zeros((LOW_TILE, ROWS), tl.float32)
             if MEAN:
                 cell = grad_mean + (which.to(tl.int64) << BLOCK) + (high << LOW) + low
-                g += (tl.load(cell, mask=known, other=0.0) * by_mean)[None, :]
+                g += (tl.load(cell, mask=known, other=0.0) * by_mean)[:, None]
             if ENTROPY:
-                log = _factor(high_at + 2 * plane, plane, step, inside, high, HIGH, True, ROWS)[:, None] + log_b
+                log = _factor(high_at, inside, high, HIGH, PARTS, True, ROWS)[None, :] + log_b
                 g -= by_entropy * (tl.maximum(log, lowest) + tl.where(log >= lowest, 1.0, 0.0))
-            along += a[:, None] * g
-            share = (a * tl.sum(b * g, 1))[:, None]
+            along += a[None, :] * g
+            share = (a * tl.sum(b * g, 0))[None, :]
             has = _bit_of(high, tl.minimum(bit, HIGH - 1), HIGH)
-            one += tl.where((has & (bit < HIGH))[None, :], share, 0.0)
-            zero += tl.where((~has & (bit < HIGH))[None, :], share, 0.0)
+            one += tl.where((has & (bit < HIGH))[:, None], share, 0.0)
+            zero += tl.where((~has & (bit < HIGH))[:, None], share, 0.0)
         along *= b
         for d in tl.static_range(LOW):
-            has = _bit_of(low, d, LOW)[None, :]
-            here = (bit == HIGH + d)[None, :]
-            one += tl.where(here, tl.sum(tl.where(has, along, 0.0), 1)[:, None], 0.0)
-            zero += tl.where(here, tl.sum(tl.where(has, 0.0, along), 1)[:, None], 0.0)
-    at = (bit * step)[None, :] + start[:, None]
-    within = inside[:, None] & (bit < BLOCK)[None, :]
-    q0 = tl.load(bits + at, mask=within, other=0.0)
-    q1 = tl.load(bits + plane + at, mask=within, other=0.0)
+            has = _bit_of(low, d, LOW)[:, None]
+            here = (bit == HIGH + d)[:, None]
+            one += tl.where(here, tl.sum(tl.where(has, along, 0.0), 0)[None, :], 0.0)
+            zero += tl.where(here, tl.sum(tl.where(has, 0.0, along), 0)[None, :], 0.0)
+    at = start[None, :] + bit[:, None]
+    within = inside[None, :] & (bit < BLOCK)[:, None]
+    q0 = tl.load(bits + at * PARTS, mask=within, other=0.0)
+    q1 = tl.load(bits + at * PARTS + 1, mask=within, other=0.0)
     tl.store(grad_logits + at, q0 * one - q1 * zero, mask=within)
 
 
@@ -365,16 +361,15 @@ def _halves(block: int) -> tuple[int, int]:
 
 def _tiles(block: int) -> tuple[dict, dict]:
     """(constants of ``mean_kernel``, of the kernels that go through all codes of some rows)"""
-    high, low = block // 2, (block + 1) // 2
-    tile = {name: min(WIDE, max(16, 1 << bits)) for name, bits in (("HIGH_TILE", high), ("LOW_TILE", low))}
-    halves = dict(HIGH=high, LOW=low, ROWS=ROWS)
-    return halves | tile, halves | dict(LOW_TILE=tile["LOW_TILE"])
+    halves = dict(HIGH=block // 2, LOW=(block + 1) // 2, ROWS=ROWS)
+    high, low = (min(WIDE, max(16, codes)) for codes in _halves(block))
+    return halves | dict(HIGH_TILE=high, LOW_TILE=low), halves | dict(LOW_TILE=NARROW)
 
 
 def _bits(z: Tensor, mask, radius, magnitude, sharpness, logs: bool) -> tuple[Tensor, Tensor]:
     """What ``bits_kernel`` writes: probabilities, and a tile's sums [tiles, 2]."""
     batch, length, groups, size = z.shape
-    bits = z.new_empty((4 if logs else 2, size, groups, batch * length), dtype=torch.float32)
+    bits = z.new_empty((groups, batch * length, size, 4 if logs else 2), dtype=torch.float32)
     sums = z.new_empty((programs_of(z), 2), dtype=torch.float32)
     if len(sums):
         bits_kernel[(len(sums),)](
@@ -420,14 +415,15 @@ def binary_quantize(
         tiled = zip(_halves(block), (for_mean["HIGH_TILE"], for_mean["LOW_TILE"]))
         down, across = (triton.cdiv(codes, tile) for codes, tile in tiled)
         mean_kernel[(down * across * groups * blocks, chunks)](
-            bits, partial, rows, groups, triton.cdiv(tiles, chunks), SIZE=size, **for_mean, **{**EXACT, "num_warps": 8}
-        )
+            bits, partial, rows, groups, triton.cdiv(tiles, chunks), SIZE=size, PARTS=bits.shape[3], **for_mean,
+            **EIGHT_WARPS,
+        )  # fmt: skip
     found = total[0]
     if least:
         sums = z.new_zeros((tiles, groups * blocks), dtype=torch.float32)
         if rows:
             code_entropy_kernel[(tiles, groups * blocks)](
-                bits, sums, rows, groups, math.log(least), *_halves(block), SIZE=size, **for_rows, **EXACT
+                bits, sums, rows, groups, math.log(least), *_halves(block), SIZE=size, **for_rows, **ONE_WARP
             )
         found = sums.sum(dtype=torch.float64)
     count = _counted(z, mask)
@@ -454,11 +450,11 @@ def binary_backward(
         ).float()
     if block is not None:
         bits, _ = _bits(z, mask, radius, magnitude, sharpness, least > 0)
-        logits = torch.empty_like(bits[0])
+        logits = bits.new_empty(bits.shape[:-1])
         code_gradient_kernel[(triton.cdiv(rows, ROWS), groups * (size // block))](
             bits, z if grad_mean is None else grad_mean.contiguous(), scales, logits, rows, groups,
             math.log(least) if least else 0.0, *_halves(block), SIZE=size, MEAN=grad_mean is not None,
-            ENTROPY=least > 0, BITS=max(4, triton.next_power_of_2(block)), **_tiles(block)[1], **EXACT,
+            ENTROPY=least > 0, BITS=max(4, triton.next_power_of_2(block)), **_tiles(block)[1], **ONE_WARP,
         )  # fmt: skip
     passed = z if grad is None else grad
     row_gradient_kernel[(programs_of(z),)](

@@ -165,6 +165,14 @@ def test_the_kernels_that_update_codes_on_every_target():
     rows = compile_without_spills(names, ["bf16"])
     assert {row.kernel for row in rows} == {
         "quantize_kernel", "backward_kernel", "piece_kernel", "sum_kernel", "average_kernel", "distance_kernel",
+
+
+def test_the_kernels_of_scalar_quantizers_on_every_target():
+    names = ("fsq", "fsq_image_backward", "bsq_least_18", "bsq_least_18_backward")
+    rows = compile_without_spills(names, ["bf16"])
+    assert {row.kernel for row in rows} == {
+        "fsq_kernel", "fsq_backward_kernel", "code_kernel", "bits_kernel", "mean_kernel", "code_entropy_kernel",
+        "code_gradient_kernel", "row_gradient_kernel",
     }  # fmt: skip
 
 
