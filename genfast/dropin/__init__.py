@@ -18,7 +18,11 @@ module                   peer                         one line
 ``dropin.bd3lm``         BD3-LM (Arriola et al. 2025) ``from genfast.dropin.bd3lm import _semi_ar_sampler``
 ``dropin.attention``     PyTorch's two functions      ``from genfast.dropin import flex_attention``
 ``dropin.transformers``  Hugging Face transformers    ``genfast.patch("transformers")``, a model on :func:`attention`
+``dropin.encodec``       EnCodec, DAC (transformers)  ``genfast.dropin.encodec.replace(model)``
+``dropin.taming``        taming-transformers (VQGAN)  ``from genfast.dropin.taming import VectorQuantizer2``
 ======================== ============================ =====================================================
+
+And ``dropin.vector_quantize_pytorch`` for vector-quantize-pytorch: ``genfast.patch("vector_quantize_pytorch")``.
 
 A peer is imported only when its drop-in is.
 """

@@ -149,7 +149,8 @@ def patch(peer: str) -> Patched:
     After ``genfast.patch("transformers")``, models take ``attn_implementation="genfast"``: their attention is
     :func:`attention`, their masks are structures (``genfast/dropin/transformers.py``).
 
-    After ``genfast.patch("vector_quantize_pytorch")``, its quantisers are genfast's classes, subclasses of the peer's.
+    After ``genfast.patch("vector_quantize_pytorch")``, its quantisers are genfast's classes, subclasses of the peer's;
+    models that exist already are for ``genfast.dropin.vector_quantize_pytorch.adopt``.
 
     Calling it twice does nothing more. ``with genfast.patch(...):`` undoes it at the end of the block.
 

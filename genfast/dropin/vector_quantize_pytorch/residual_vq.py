@@ -48,15 +48,20 @@ class ResidualVQ(peer.ResidualVQ):
             depth = self._kept(x, rand_quantize_dropout_fixed_seed)
         residual = self.project_in(x)
         expiring = self.training and self.shared_codebook and self.layers[0]._codebook.has_dead_code_replacement
-        total, residuals, found, losses = torch.zeros_like(residual), [], [], []
+        total, residuals, found, losses = None, [], [], []
         for layer in self.layers[:depth]:
             if expiring:
                 residuals.append(residual)
             codes, index, loss = layer(
                 residual, mask=mask, sample_codebook_temp=sample_codebook_temp, freeze_codebook=freeze_codebook
             )
-            residual = residual - peer.frac_gradient(codes, self.quant_grad_frac)
-            total = total + codes
+            if total is None:
+                residual, total = residual - peer.frac_gradient(codes, self.quant_grad_frac), codes
+            elif self.training or residual.requires_grad or codes.requires_grad:
+                residual, total = residual - peer.frac_gradient(codes, self.quant_grad_frac), total + codes
+            else:
+                residual.sub_(codes)
+                total.add_(codes)
             found.append(index)
             losses.append(loss)
         missing = self.num_quantizers - depth
