@@ -15,7 +15,7 @@ image = pytest.importorskip("PIL.Image", reason="the demo needs pillow")
 from genfast import demo  # noqa: E402
 from genfast.demo import vq  # noqa: E402
 from genfast.demo.data import CLASSES, load_digits  # noqa: E402
-from genfast.demo.vq import autoencoder, eager, pictures, prior  # noqa: E402
+from genfast.demo.vq import autoencoder, eager, pictures, prior, times  # noqa: E402
 from genfast.demo.vq.autoencoder import CODES, Autoencoder, perplexity, psnr  # noqa: E402
 from genfast.demo.vq.prior import LENGTH, Choice, Kept, Prior  # noqa: E402
 
@@ -176,7 +176,7 @@ def test_quantiser_steps_agree():
     codebook = torch.randn(24, 8, generator=g)
     z = codebook[torch.arange(24).repeat(8).view(12, 4, 4)].movedim(-1, 1).contiguous()
     z = z + 0.1 * torch.randn(z.shape, generator=g)
-    ours, theirs = vq.fused_step(z, codebook, 0)(), vq.eager_step(z, codebook, 0)()
+    ours, theirs = times.fused_step(z, codebook, 0)(), times.eager_step(z, codebook, 0)()
     assert torch.equal(ours[0], theirs[0])
     for a, b in zip(ours[1:], theirs[1:]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -6,9 +6,9 @@ grids for a class, drawing with top-k and top-p. ``eager.py`` holds the quantise
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,10 +18,9 @@ from genfast.backends import choose
 from genfast.demo.data import CLASSES, Digits, load_digits
 from genfast.demo.quality import Quality
 from genfast.demo.vq import autoencoder, eager, pictures, prior
-from genfast.demo.vq.autoencoder import BATCH, COMMITMENT, DEAD, DECAY, Autoencoder, perplexity, psnr
+from genfast.demo.vq.autoencoder import BATCH, Autoencoder, perplexity, psnr
 from genfast.demo.vq.prior import Choice, Prior
-from genfast.ops.code_update import ema_update_, quantize
-from genfast.ops.token_sampling import sample_tokens
+from genfast.demo.vq.times import compare, timed
 from genfast.ops.vector_quantize import nearest_code
 
 STEPS = 500
@@ -41,7 +40,9 @@ def run(arguments, progress) -> None:
     net, losses = prior.train(auto, digits, steps * 3 // 2, arguments.seed, progress)
     print(f"\nstage two, {_size(net)}, trained on their codes: {_course(losses, 'nats per code', start)}")
     samples, labels, written = _sample(net, auto, digits, quality, arguments)
-    _time_parts(auto, digits, arguments.seed)
+    with torch.no_grad():
+        z = auto.encoder(digits.train[:BATCH])
+    compare(z, auto.codebook, arguments.seed)
     _draw(auto, digits, samples, labels, (*said, written), arguments)
 
 
@@ -75,15 +76,18 @@ def settings(arguments) -> dict[str, Choice]:
 def _sample(net: Prior, auto: Autoencoder, digits: Digits, quality: Quality, arguments) -> tuple[Tensor, Tensor, str]:
     """Print a table of samples; codes and labels of its last row, and what the picture says of them."""
     with torch.no_grad():
-        bits = net.loss(digits.held_out_labels, auto.encode(digits.held_out)).item() / torch.tensor(2.0).log().item()
-    alone = torch.tensor(perplexity(code_counts(auto.encode(digits.train)))).log2().item()
+        bits = net.loss(digits.held_out_labels, auto.encode(digits.held_out)).item() / math.log(2)
+    alone = math.log2(perplexity(code_counts(auto.encode(digits.train))))
     print(f"  bits per held-out code {bits:.2f} (by the codes' frequencies alone {alone:.2f})")
     labels = torch.arange(CLASSES).repeat_interleave(arguments.samples)
     name, _ = choose("token_sampling", "sample_tokens", torch.device("cpu"))
     print(f"\n{len(labels)} samples each, fused on the backend {name!r}; seconds of the whole loop, in brackets those")
     print("outside the network: guidance, top-p, top-k and the draw; quality is fused and eager. nearest: the mean")
     print(f"distance to the closest training digit, {nearest(digits.held_out, digits.train):.2f} for held-out digits")
-    print("(with 64 codes to choose from the network takes most of the time; larger sizes are below)")
+    print(
+        "(with 64 codes to choose from the network takes most of the time, and PyTorch's attention is the faster one for"
+    )
+    print("a query with 16 keys at most; larger sizes are below)")
     row = "{:<20} {:>8} {:>9} {:>8} {:>9} {:>13} {:>14} {:>14} {:>12}"
     print(row.format("", "fused s", "", "eager s", "", "ratio outside", "accuracy", "Frechet", "nearest"), flush=True)
     for title, choice in settings(arguments).items():
@@ -116,71 +120,6 @@ def _sample(net: Prior, auto: Autoencoder, digits: Digits, quality: Quality, arg
     return codes[0], labels, said
 
 
-def _time_parts(auto: Autoencoder, digits: Digits, seed: int) -> None:
-    """Print a training step of the quantiser (lookup, losses, gradient, moving averages) and a draw, at this demo's
-    sizes and at those of published models."""
-    print("\nfused and eager, this demo's sizes and larger ones (random vectors and logits); medians, ms")
-    row = "{:<72} {:>8} {:>8} {:>7}"
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        z = auto.encoder(digits.train[:BATCH])
-    large = torch.randn(16, 256, 16, 16, generator=generator), torch.randn(1024, 256, generator=generator)
-    logits = 3 * torch.randn(64, 16384, generator=generator)
-    for title, ours, theirs in (
-        (
-            f"a training step of the quantiser, {_sizes(z, auto.codebook)}",
-            fused_step(z, auto.codebook, seed),
-            eager_step(z, auto.codebook, seed),
-        ),
-        (f"a training step of the quantiser, {_sizes(*large)}", fused_step(*large, seed), eager_step(*large, seed)),
-        (
-            "a draw with top-k 2000 and top-p 0.95, 64 rows of 16384 codes",
-            lambda: sample_tokens(logits, temperature=1.0, top_k=2000, top_p=0.95, confidence=None, seed=seed),
-            lambda: torch.multinomial(eager.filtered(logits, 2000, 0.95).softmax(-1), 1, generator=generator),
-        ),
-    ):
-        runs = [(timed(ours)[1], timed(theirs)[1]) for _ in range(5)]
-        fused, plain = (1000 * statistics.median(seconds) for seconds in zip(*runs))
-        print(row.format(title, f"{fused:.2f}", f"{plain:.2f}", f"{plain / fused:.1f}x"), flush=True)
-
-
-def _sizes(z: Tensor, codebook: Tensor) -> str:
-    return f"{z.numel() // z.shape[1]} vectors of {z.shape[1]}, {len(codebook)} codes"
-
-
-def fused_step(z: Tensor, codebook: Tensor, seed: int) -> Callable[[], tuple[Tensor, ...]]:
-    """A training step of the quantiser: (codes' indices, gradient of the sum of z_q plus the loss, codebook)."""
-
-    def step() -> tuple[Tensor, ...]:
-        x, state = z.clone().requires_grad_(), _state(codebook)
-        found = quantize(x, state[0], dim=1, gradient="rotation", commitment_weight=COMMITMENT, codebook_weight=0.0)
-        (found.z_q.sum() + found.loss).backward()
-        ema_update_(
-            *state, x, found.indices, decay=DECAY, dim=1, threshold=DEAD, reset_cluster_size=1.0, seed=seed
-        )  # fmt: skip
-        return found.indices, x.grad, state[0]
-
-    return step
-
-
-def eager_step(z: Tensor, codebook: Tensor, seed: int) -> Callable[[], tuple[Tensor, ...]]:
-    """The same in plain PyTorch."""
-
-    def step() -> tuple[Tensor, ...]:
-        x, state = z.clone().requires_grad_(), _state(codebook)
-        found = eager.quantize(x, state[0], COMMITMENT)
-        (found.z_q.sum() + found.loss).backward()
-        eager.ema_update_(*state, x, found.indices, DECAY, DEAD, torch.Generator().manual_seed(seed))
-        return found.indices, x.grad, state[0]
-
-    return step
-
-
-def _state(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A codebook with moving averages that agree with it."""
-    return codebook.clone(), torch.ones(len(codebook)), codebook.clone()
-
-
 def _draw(auto: Autoencoder, digits: Digits, codes: Tensor, labels: Tensor, figures, arguments) -> None:
     each = pictures.COLUMNS // CLASSES
     originals = pictures.by_class(digits.held_out, digits.held_out_labels, each)
@@ -206,13 +145,6 @@ def nearest(images: Tensor, others: Tensor) -> float:
     """Mean Euclidean distance of images to the closest of ``others``."""
     _, squared = nearest_code(images.flatten(1), others.flatten(1), return_distances=True)
     return squared.sqrt().mean().item()
-
-
-def timed(function: Callable):
-    """(what it returns, seconds)"""
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
 
 
 def _size(net: torch.nn.Module) -> str:

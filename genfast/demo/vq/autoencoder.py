@@ -64,9 +64,7 @@ class Autoencoder(nn.Module):
         self.codebook.copy_(centres)
 
     def quantize(self, z: Tensor) -> Quantized:
-        return quantize(
-            z, self.codebook, dim=1, gradient="rotation", commitment_weight=COMMITMENT, codebook_weight=0.0
-        )  # fmt: skip
+        return quantize(z, self.codebook, dim=1, gradient="rotation", commitment_weight=COMMITMENT, codebook_weight=0.0)
 
     def update_codes(self, z: Tensor, indices: Tensor, seed: int, step: int) -> None:
         """The moving averages a batch further."""
