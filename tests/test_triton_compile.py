@@ -165,6 +165,7 @@ def test_the_kernels_that_update_codes_on_every_target():
     rows = compile_without_spills(names, ["bf16"])
     assert {row.kernel for row in rows} == {
         "quantize_kernel", "backward_kernel", "piece_kernel", "sum_kernel", "average_kernel", "distance_kernel",
+    }  # fmt: skip
 
 
 def test_the_kernels_of_scalar_quantizers_on_every_target():
