@@ -85,9 +85,9 @@ def _sample(net: Prior, auto: Autoencoder, digits: Digits, quality: Quality, arg
     print("outside the network: guidance, top-p, top-k and the draw; quality is fused and eager. nearest: the mean")
     print(f"distance to the closest training digit, {nearest(digits.held_out, digits.train):.2f} for held-out digits")
     print(
-        "(with 64 codes to choose from the network takes most of the time, and PyTorch's attention is faster for a query"
+        "(with 64 codes to choose from the network takes most of the time, and for a query with 16 keys at most PyTorch's"
     )
-    print("with 16 keys at most; larger sizes are below)")
+    print("attention is the faster; larger sizes are below)")
     row = "{:<20} {:>8} {:>9} {:>8} {:>9} {:>13} {:>14} {:>14} {:>12}"
     print(row.format("", "fused s", "", "eager s", "", "ratio outside", "accuracy", "Frechet", "nearest"), flush=True)
     for title, choice in settings(arguments).items():
