@@ -84,13 +84,8 @@ def _sample(net: Prior, auto: Autoencoder, digits: Digits, quality: Quality, arg
     print(f"\n{len(labels)} samples each, fused on the backend {name!r}; seconds of the whole loop, in brackets those")
     print("outside the network: guidance, top-p, top-k and the draw; quality is fused and eager. nearest: the mean")
     print(f"distance to the closest training digit, {nearest(digits.held_out, digits.train):.2f} for held-out digits")
-<<<<<<< HEAD
-    print("(with 64 codes to choose from the network takes most of the time, and for a query with 16 keys at most")
-    print("PyTorch's attention is the faster; larger sizes are below)")
-=======
     print("(with 64 codes to choose from the network takes most of the time, and for a query with 16 keys at most")
     print("PyTorch's attention is the faster one; larger sizes are below)")
->>>>>>> bb2457a66c59d04439f0e3db8247b48231377786
     row = "{:<20} {:>8} {:>9} {:>8} {:>9} {:>13} {:>14} {:>14} {:>12}"
     print(row.format("", "fused s", "", "eager s", "", "ratio outside", "accuracy", "Frechet", "nearest"), flush=True)
     for title, choice in settings(arguments).items():
