@@ -28,16 +28,21 @@ constexpr int64_t kLongestSum = 32;
 constexpr int64_t kLongestSum = 16;
 #endif
 
+// a b + c, in one rounding where there is an instruction for it.
+inline vf multiply_add(vf a, vf b, vf c) {
+#if defined(__FMA__)
+  return fma_exact(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 template <bool PAIRS>
 inline vf add_product(vf a, vf b, vf sum) {
 #if defined(__AVX512BF16__)
   if constexpr (PAIRS) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
-#if defined(__FMA__)
-  return fma_exact(a, b, sum);
-#else
-  return sum + a * b;
-#endif
+  return multiply_add(a, b, sum);
 }
 
 // A[m][k] is at a + m * row + k * column.
