@@ -217,7 +217,7 @@ inline void screen_tile(const ScreenRows& rows, int64_t row, const float* block,
     for (int v = 0; v < kCodeVectors; v++) right[v] = load<vf>(block + k * kBlock + v * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; m++) {
-      const vf all = broadcast(left + m * rows.stride + k);
+      const vf all = splat_word(left + m * rows.stride + k);
       for (int v = 0; v < kCodeVectors; v++) sum[m][v] = multiply_add(all, right[v], sum[m][v]);
     }
   }
