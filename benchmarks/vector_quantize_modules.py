@@ -39,6 +39,7 @@ def plans(settings: Settings) -> list[Plan]:
     return found
 
 
+@torch.enable_grad()
 def in_float64(quantiser, z: Tensor, train: bool) -> Tensor:
     """What the first call returns."""
     x = z.double().requires_grad_(train)
@@ -79,12 +80,12 @@ def module_case(device, name: str, train: bool, shape, options: dict, bar) -> Ca
         quantiser.train(train)
 
         def run(i):
-            if not train:
-                with torch.no_grad():
-                    return quantiser(z[i])[0]
-            x = z[i].detach().requires_grad_()
-            out, _, loss = quantiser(x)
-            (out.sum() + loss.sum()).backward()
+            with torch.set_grad_enabled(train):
+                x = z[i].detach().requires_grad_(train)
+                out, _, loss = quantiser(x)
+                if not train:
+                    return out
+                (out.sum() + loss.sum()).backward()
             return x.grad
 
         return run
