@@ -17,8 +17,8 @@ CASES = [
     *[c for c in checks.cases() if c.op == "bsq" and c.layout != "last"][::3],
     checks.ScalarCase("lfq", 40, 62),
     checks.ScalarCase("bsq", 300, 1, losses=True),
-    checks.ScalarCase("lfq", 40, 13, options=dict(inv_temperature=1.0), losses=True),
-    checks.ScalarCase("lfq", 40, 10, options=LEAST | dict(mask=True), losses=True, groups=2),
+    checks.ScalarCase("lfq", 20, 13, options=dict(inv_temperature=1.0), losses=True),
+    checks.ScalarCase("lfq", 24, 10, options=LEAST | dict(mask=True), losses=True, groups=2),
     checks.ScalarCase("bsq", 33, 6, options=LEAST | dict(entropy_bits=3, scale=0.5), losses=True),
 ]
 """Blocks of one bit, of one tile of codes, and of more than one; more rows than a tile has."""
