@@ -360,12 +360,12 @@ def _halves(block: int) -> tuple[int, int]:
 def _tiles(block: int) -> tuple[dict, dict]:
     """(options of ``mean_kernel``, of the kernels that go through all codes of some rows)
 
-    In the latter a thread has a row, and nothing is exchanged; beyond 16 bits registers are enough for half a row.
+    In the latter a thread has a row, and nothing is exchanged; beyond 16 bits registers suffice for a quarter of one.
     """
     halves = EXACT | dict(HIGH=block // 2, LOW=(block + 1) // 2, ROWS=ROWS)
     high, low = (min(WIDE, max(16, codes)) for codes in _halves(block))
     for_mean = halves | dict(HIGH_TILE=high, LOW_TILE=low, num_warps=8)
-    return for_mean, halves | dict(LOW_TILE=NARROW, num_warps=1 if block <= 16 else 2)
+    return for_mean, halves | dict(LOW_TILE=NARROW, num_warps=1 if block <= 16 else 4)
 
 
 def _bits(z: Tensor, mask, radius, magnitude, sharpness, logs: bool) -> tuple[Tensor, Tensor]:
