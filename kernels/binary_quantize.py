@@ -33,8 +33,6 @@ ROWS = 32
 """Of a tile whose codes are enumerated."""
 WIDE, NARROW = 64, 16
 """Codes of half a block that a program holds: of the means, and where a thread has a row."""
-ONE_WARP = EXACT | dict(num_warps=1)
-EIGHT_WARPS = EXACT | dict(num_warps=8)
 _SHORTEST = tl.constexpr(spec.SHORTEST)
 
 
@@ -360,10 +358,14 @@ def _halves(block: int) -> tuple[int, int]:
 
 
 def _tiles(block: int) -> tuple[dict, dict]:
-    """(constants of ``mean_kernel``, of the kernels that go through all codes of some rows)"""
-    halves = dict(HIGH=block // 2, LOW=(block + 1) // 2, ROWS=ROWS)
+    """(options of ``mean_kernel``, of the kernels that go through all codes of some rows)
+
+    In the latter a thread has a row, and nothing is exchanged; beyond 16 bits registers suffice for a quarter of one.
+    """
+    halves = EXACT | dict(HIGH=block // 2, LOW=(block + 1) // 2, ROWS=ROWS)
     high, low = (min(WIDE, max(16, codes)) for codes in _halves(block))
-    return halves | dict(HIGH_TILE=high, LOW_TILE=low), halves | dict(LOW_TILE=NARROW)
+    for_mean = halves | dict(HIGH_TILE=high, LOW_TILE=low, num_warps=8)
+    return for_mean, halves | dict(LOW_TILE=NARROW, num_warps=1 if block <= 16 else 4)
 
 
 def _bits(z: Tensor, mask, radius, magnitude, sharpness, logs: bool) -> tuple[Tensor, Tensor]:
@@ -416,14 +418,13 @@ def binary_quantize(
         down, across = (triton.cdiv(codes, tile) for codes, tile in tiled)
         mean_kernel[(down * across * groups * blocks, chunks)](
             bits, partial, rows, groups, triton.cdiv(tiles, chunks), SIZE=size, PARTS=bits.shape[3], **for_mean,
-            **EIGHT_WARPS,
         )  # fmt: skip
     found = total[0]
     if least:
         sums = z.new_zeros((tiles, groups * blocks), dtype=torch.float32)
         if rows:
             code_entropy_kernel[(tiles, groups * blocks)](
-                bits, sums, rows, groups, math.log(least), *_halves(block), SIZE=size, **for_rows, **ONE_WARP
+                bits, sums, rows, groups, math.log(least), *_halves(block), SIZE=size, **for_rows
             )
         found = sums.sum(dtype=torch.float64)
     count = _counted(z, mask)
@@ -454,7 +455,7 @@ def binary_backward(
         code_gradient_kernel[(triton.cdiv(rows, ROWS), groups * (size // block))](
             bits, z if grad_mean is None else grad_mean.contiguous(), scales, logits, rows, groups,
             math.log(least) if least else 0.0, *_halves(block), SIZE=size, MEAN=grad_mean is not None,
-            ENTROPY=least > 0, BITS=max(4, triton.next_power_of_2(block)), **_tiles(block)[1], **ONE_WARP,
+            ENTROPY=least > 0, BITS=max(4, triton.next_power_of_2(block)), **_tiles(block)[1],
         )  # fmt: skip
     passed = z if grad is None else grad
     row_gradient_kernel[(programs_of(z),)](

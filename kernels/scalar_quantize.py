@@ -23,12 +23,13 @@ __all__ = ["binary_backward", "binary_quantize", "fsq_backward", "fsq_quantize"]
 
 @functools.lru_cache(64)
 def tables(levels: tuple[int, ...], symmetric: bool, clamp: bool, device) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 steps of all dimensions; int64 [D] of levels; float32 [D, 2] of shift and slope."""
+    """float32 steps of all dimensions; int64 [D] of levels; float32 [D, 3] of shift, slope and unit."""
     steps = [step for count in levels for step in reference.steps(count, symmetric, clamp)]
     shapes = []
     for count in levels:
         shift, height, _ = reference.shape_of(count, symmetric, clamp)
-        shapes.append((shift, height * reference.slope_unit(count, symmetric)))
+        unit = reference.slope_unit(count, symmetric)
+        shapes.append((shift, height * unit, unit))
     made = (torch.tensor(steps), torch.tensor(levels), torch.tensor(shapes))
     return tuple(t.to(device) for t in made)
 
@@ -42,11 +43,10 @@ def _level(z, steps, count):
 
 
 @triton.jit
-def _code(k, count, SYMMETRIC: tl.constexpr):
+def _code(k, count, shape, SYMMETRIC: tl.constexpr):
     """div_rn: the division that rounds as everywhere else."""
     if SYMMETRIC:
-        two = tl.full(k.shape, 2.0, tl.float32)
-        code = k.to(tl.float32) * tl.div_rn(two, (count - 1 + tl.zeros_like(k)).to(tl.float32)) - 1.0
+        code = k.to(tl.float32) * tl.load(shape + 2) - 1.0
     else:
         half = (count // 2 + tl.zeros_like(k)).to(tl.int32)
         code = tl.div_rn((k - half).to(tl.float32), half.to(tl.float32))
@@ -55,7 +55,8 @@ def _code(k, count, SYMMETRIC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length"])
 def fsq_kernel(
-    z, z_strides, noise, noise_strides, codes, codes_strides, indices, steps, levels, length, groups,
+    z, z_strides, noise, noise_strides, codes, codes_strides, indices, steps, levels, shapes, length,
+    groups,
     SIZE: tl.constexpr, SYMMETRIC: tl.constexpr, NOISE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     at = place(length, groups, TILE)
@@ -68,7 +69,7 @@ def fsq_kernel(
         count = tl.load(levels + d)
         x = tl.load(z + z_at + d * z_strides[3], mask=inside, other=0.0).to(tl.float32)
         k = _level(x, steps, count)
-        code = _code(k, count, SYMMETRIC)
+        code = _code(k, count, shapes + 3 * d, SYMMETRIC)
         odd = x != x
         if NOISE:
             code += tl.load(noise + noise_at + d * noise_strides[3], mask=inside, other=0.0)
@@ -96,16 +97,16 @@ def fsq_backward_kernel(
         count = tl.load(levels + d)
         x = tl.load(z + z_at + d * z_strides[3], mask=inside, other=0.0).to(tl.float32)
         g = tl.load(grad + grad_at + d * grad_strides[3], mask=inside, other=0.0).to(tl.float32)
-        size = tl.abs(x + tl.load(shapes + 2 * d))
+        size = tl.abs(x + tl.load(shapes + 3 * d))
         if CLAMP:
             slope = tl.where(size <= 1.0, 1.0, 0.0)
         else:
             # 1 - tanh(u)^2, which loses nothing where tanh is near 1.
             e = tl.exp(-2.0 * size)
             slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
-        found = g * slope * tl.load(shapes + 2 * d + 1)
+        found = g * slope * tl.load(shapes + 3 * d + 1)
         if NOISE:
-            code = _code(_level(x, steps, count), count, SYMMETRIC)
+            code = _code(_level(x, steps, count), count, shapes + 3 * d, SYMMETRIC)
             code += tl.load(noise + noise_at + d * noise_strides[3], mask=inside, other=0.0)
             found = tl.where(tl.abs(code) <= 1.0, found, 0.0)
         found = tl.where(x != x, x, found)
@@ -118,11 +119,11 @@ def fsq_quantize(z: Tensor, *, levels, symmetric, clamp, noise, quantized, indic
     if not indices.numel():
         return
     z, noise, quantized = merged(z, noise, quantized)
-    steps, counts, _ = tables(levels, symmetric, clamp, z.device)
+    steps, counts, shapes = tables(levels, symmetric, clamp, z.device)
     added = z if noise is None else noise
     fsq_kernel[(programs_of(z),)](
-        z, z.stride(), added, added.stride(), quantized, quantized.stride(), indices, steps, counts, z.shape[1],
-        z.shape[2], SIZE=len(levels), SYMMETRIC=symmetric, NOISE=noise is not None, TILE=TILE, **EXACT,
+        z, z.stride(), added, added.stride(), quantized, quantized.stride(), indices, steps, counts, shapes,
+        z.shape[1], z.shape[2], SIZE=len(levels), SYMMETRIC=symmetric, NOISE=noise is not None, TILE=TILE, **EXACT,
     )  # fmt: skip
 
 

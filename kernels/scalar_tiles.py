@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genfast.backends import interpreting
 
-TILE = 256
+TILE = 128
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
 _INTERPRETED = tl.constexpr(interpreting())
 
