@@ -10,5 +10,6 @@ void register_attention(pybind11::module_& module);
 void register_attention_cached(pybind11::module_& module);
 void register_token_head(pybind11::module_& module);
 void register_vector_quantize(pybind11::module_& module);
+void register_residual_quantize(pybind11::module_& module);
 
 }  // namespace genfast

@@ -153,4 +153,5 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_attention_cached(module);
   register_token_head(module);
   register_vector_quantize(module);
+  register_residual_quantize(module);
 }

@@ -4,6 +4,7 @@ from genfast.ops import (  # noqa: F401
     attention,
     attention_cached,
     nearest_code_index,
+    residual_quantize,
     sampler_step,
     token_head,
     token_masking,
