@@ -13,11 +13,12 @@ if backends.interpreting():
     pytest.skip("kernels cannot be compiled in a process that interprets them", allow_module_level=True)
 
 from benchmarks import compile_report
-from genfast.kernels import attention_configurations, configurations
+from genfast.kernels import attention_configurations, configurations, vector_quantize_configurations
 from genfast.kernels.attention import attention
 from genfast.kernels.guidance import moments_kernel, rescale_kernel
 from genfast.kernels.sampler_step import sampler_step, step_kernel
 from genfast.kernels.threshold import histogram_kernel, limit_kernel
+from genfast.kernels.vector_quantize import nearest_code
 
 SHARED_MEMORY = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 """Bytes that a program may have; of sm_80 what its smaller relatives have."""
@@ -86,6 +87,72 @@ def test_attention_has_matrix_instructions_and_wide_copies():
 def test_the_cached_attention_kernels():
     rows = compile_without_spills(("cached_rope_64", "cached_pages_128"), ["bf16"], ("sm_90", "gfx942"))
     assert {row.kernel for row in rows} == {"cached_kernel", "merge_kernel"}
+
+
+def test_the_code_kernels():
+    rows = compile_without_spills(compile_report.QUICK_CODE_CASES, ["bf16"], ("sm_80", "gfx942"))
+    assert {row.kernel for row in rows} == {"code_kernel", "screen_kernel", "select_kernel"}
+
+
+def test_the_code_screen_has_matrix_instructions_and_wide_copies():
+    """Of codes of 8 numbers too, whose rows are 16 bytes."""
+    for dtype, case in (("fp32", "codes_8"), ("bf16", "codes_8"), ("bf16", "codes_256")):
+        launches = compile_report.triton_launches([case], [dtype], "sm_90").values()
+        (screen,) = [launch for _, launch in launches if launch.kernel.__name__ == "screen_kernel"]
+        code = compile_report.compile_launch(screen, "sm_90").asm["ptx"]
+        assert "wgmma.mma_async" in code and "cp.async.cg.shared.global" in code
+
+
+@pytest.mark.parametrize("target", ("sm_90", "gfx942"))
+def test_no_code_kernel_contracts_or_approximates_float64(target):
+    launches = compile_report.triton_launches(["codes_cosine_64", "codes_8"], ["fp32"], target).values()
+    for _, launch in launches:
+        if launch.kernel.__name__ != "screen_kernel":
+            code = compile_report.compile_launch(launch, target).asm
+            if target == "sm_90":
+                assert "fma.rn.f64" not in code["ptx"] and ".approx.f64" not in code["ptx"]
+            else:
+                assert "llvm.fma.f64" not in code["llir"] and "llvm.fmuladd.f64" not in code["llir"]
+                assert "contract" not in code["llir"]
+
+
+def code_launches(rows, codes, **options):
+    (z, codebook), defaults = vector_quantize_configurations.arguments("codes_64", "bf16")
+    z, codebook = z[:, :1].expand(1, rows, 1, 64), codebook[:, :1].expand(1, codes, 64)
+    # An expanded tensor has a stride of 0, which a real one has not.
+    z, codebook = z.as_strided(z.shape, (rows * 64, 64, 64, 1)), codebook.as_strided(codebook.shape, (64, 64, 1))
+    results = {name: defaults[name].new_empty((1, rows, 1, 1)) for name in ("indices", "distances")}
+    with compile_report.recorded_launches() as launches:
+        nearest_code(z, codebook, **{**defaults, **results, **options})
+    return launches
+
+
+def test_no_number_of_rows_compiles_a_new_code_kernel():
+    expected = [launch.key() for launch in code_launches(4096, 16384)]
+    assert len(expected) == 3
+    for rows, codes in ((4095, 16384), (1, 16000), (2**14 + 1, 16383)):
+        assert [launch.key() for launch in code_launches(rows, codes)] == expected
+
+
+@pytest.mark.parametrize("case", ("codes_8", "codes_image_256", "codes_cosine_64"))
+def test_memory_of_nearest_code_is_a_fraction_of_the_matrix(case, monkeypatch):
+    """Below 2% of rows by codes in float32."""
+    args, options = vector_quantize_configurations.arguments(case, "fp32")
+    allocated, empty = [], torch.empty
+
+    def counted(*shape, **kwargs):
+        allocated.append(empty(*shape, **kwargs))
+        return allocated[-1]
+
+    monkeypatch.setattr(torch, "empty", counted)
+    with compile_report.recorded_launches():
+        nearest_code(*args, **options)
+    assert 0 < sum(t.numel() * t.element_size() for t in allocated) < 0.02 * 4096 * 16384 * 4
+
+
+def test_more_rows_than_bounds_fit_are_done_in_turns():
+    names = [launch.kernel.__name__ for launch in code_launches(1000, 16384, most_bounds=400 * 256)]
+    assert names == ["code_kernel"] + ["screen_kernel", "select_kernel"] * 3
 
 
 def attention_launches(q_len, kv_len, **options):
