@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import genfast
-from benchmarks import peers
+from benchmarks import peers, residual_quantize
 from benchmarks.attention import bars, names
 from benchmarks.harness import Bar, Case, Peer, Plan, Settings
 from benchmarks.rotation import pool
@@ -38,7 +38,7 @@ def plans(settings: Settings) -> list[Plan]:
         shape = (rows // 16, codes // 16, size) if settings.quick else (rows, codes, size)
         case = functools.partial(nearest_case, settings.device, not settings.quick, kind, shape, *rest)
         found.append(Plan(f"nearest {kind} {rows}x{codes}x{size} {names(rest[0])}", case))
-    return found
+    return [*found, *residual_quantize.plans(settings)]
 
 
 def codes_and_rows(kind: str, shape, dtype, device) -> tuple[Tensor, object]:

@@ -94,7 +94,7 @@ def test_shapes():
 
 def test_float64_runs_the_reference():
     z, codebooks = randn(9, 5).double(), randn(2, 7, 5)
-    indices, z_q, errors = residual_quantize(z, codebooks, return_errors=True)
+    _, z_q, errors = residual_quantize(z, codebooks, return_errors=True)
     assert z_q.dtype == errors.dtype == torch.float64
     torch.testing.assert_close(errors[:, -1], (z - z_q).square().sum(1))
 
