@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import genfast
-from benchmarks import code_update, peers, scalar_quantize, vector_quantize_modules
+from benchmarks import code_update, peers, residual_quantize, scalar_quantize, vector_quantize_modules
 from benchmarks.attention import bars, names
 from benchmarks.harness import Bar, Case, Peer, Plan, Settings
 from benchmarks.rotation import pool
@@ -41,6 +41,7 @@ def plans(settings: Settings) -> list[Plan]:
     return [
         *found,
         *vector_quantize_modules.plans(settings),
+        *residual_quantize.plans(settings),
         *code_update.plans(settings),
         *scalar_quantize.plans(settings),
     ]

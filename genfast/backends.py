@@ -41,7 +41,7 @@ FAMILIES = ("sampler_step", "token_sampling", "attention", "vector_quantize")
 PARTS = {
     "token_sampling": ("token_sampling", "token_transfer", "token_masking", "token_transition", "token_head"),
     "attention": ("attention", "attention_cached"),
-    "vector_quantize": ("vector_quantize", "code_update", "scalar_quantize"),
+    "vector_quantize": ("vector_quantize", "code_update", "residual_quantize", "scalar_quantize"),
 }
 """The files in which a family of several ops is written, in every layer; by default one of the family's own name."""
 

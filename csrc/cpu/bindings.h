@@ -12,5 +12,6 @@ void register_token_head(pybind11::module_& module);
 void register_code_update(pybind11::module_& module);
 void register_scalar_quantize(pybind11::module_& module);
 void register_vector_quantize(pybind11::module_& module);
+void register_residual_quantize(pybind11::module_& module);
 
 }  // namespace genfast

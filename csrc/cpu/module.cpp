@@ -155,4 +155,5 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_code_update(module);
   register_scalar_quantize(module);
   register_vector_quantize(module);
+  register_residual_quantize(module);
 }

@@ -36,8 +36,9 @@ struct Problem {
   int64_t group, rows;
   Codes codes;
 
-  int64_t* indices(int64_t row) const { return a.indices + (row * a.groups + group) * a.k; }
-  float* distances(int64_t row) const { return a.distances + (row * a.groups + group) * a.k; }
+  int64_t place(int64_t row) const { return row * a.groups + group; }
+  int64_t* indices(int64_t row) const { return a.indices + place(row) * a.k; }
+  float* distances(int64_t row) const { return a.distances + place(row) * a.k; }
 };
 
 const char* number_at(const Problem& p, int64_t row, int64_t d) {
@@ -314,6 +315,35 @@ void write_distances(const Problem& p, int64_t first, int64_t n, Space& w) {
   }
 }
 
+// What is left of the rows without their codes. A row without a code leaves NaN.
+void subtract_codes(const Problem& p, int64_t first, int64_t n, Space& w) {
+  const NearestArgs& a = p.a;
+  float* code = w.shifted.data();
+  std::fill(code, code + w.width, 0.0f);
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t index = *p.indices(first + i), at = p.place(first + i);
+    const float* z = w.row[i].numbers;
+    if (index < 0)
+      std::fill(code, code + a.size, NAN);
+    else
+      load_run(p.codes.at(index), p.codes.dtype, a.size, code);
+    float* sum = a.sum + at * a.size;
+    if (a.first)
+      std::copy(code, code + a.size, sum);
+    else
+      for (int64_t d = 0; d < a.size; d++) sum[d] += code[d];
+    for (int64_t d = 0; d < a.size; d++) code[d] = z[d] - code[d];
+    if (a.residual) std::copy(code, code + a.size, a.residual + at * a.size);
+    if (a.errors) a.errors[at] = (float)sum_in_lanes(w.width, [&](int64_t d) { return (double)code[d] * code[d]; });
+  }
+}
+
+// After the nearest codes of a chunk of rows are known.
+void end_rows(const Problem& p, int64_t first, int64_t n, Space& w) {
+  if (p.a.distances) write_distances(p, first, n, w);
+  if (p.a.sum) subtract_codes(p, first, n, w);
+}
+
 void run_group(const Problem& p) {
   const NearestArgs& a = p.a;
   const int64_t rows = p.rows, k = a.k, chunks = tiles_of(rows, kRowChunk);
@@ -378,7 +408,7 @@ void run_group(const Problem& p) {
         }
         w.candidates.finish(index);
       }
-      if (last && a.distances) write_distances(p, first, n, w);
+      if (last) end_rows(p, first, n, w);
     });
   }
   if (parts == 1) return;
@@ -390,7 +420,7 @@ void run_group(const Problem& p) {
       offer_found(found.data() + (first + i) * parts * k, parts * k, w.candidates);
       w.candidates.finish(p.indices(first + i));
     }
-    if (a.distances) write_distances(p, first, n, w);
+    end_rows(p, first, n, w);
   });
 }
 

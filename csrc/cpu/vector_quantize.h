@@ -20,6 +20,12 @@ struct NearestArgs {
   float* distances = nullptr;  // alike, or null
   // What `pack_codes` made of the same codes (of one group) for the same metric, or null: packed for this call.
   const float* packed = nullptr;
+
+  // What residual quantisation (k = 1) makes of row and code, as float32 [batch, length, groups, size] each: the
+  // residual z - e, which may take the place of z, or null; and the sum of the codes so far.
+  float *residual = nullptr, *sum = nullptr;
+  bool first = false;       // the sum begins with this code
+  float* errors = nullptr;  // |z - e|^2, [batch, length, groups], or null
 };
 
 void nearest_code(const NearestArgs& a);

@@ -6,6 +6,7 @@ from genfast.ops import (  # noqa: F401
     code_update,
     kmeans,
     nearest_code_index,
+    residual_quantize,
     sampler_step,
     scalar_quantize,
     token_head,
