@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import genfast
@@ -42,6 +42,8 @@ def test_every_instruction_set(isa):
     st.sampled_from([0.0, 2.0]),
 )
 def test_any_shape(rows, codes, size, groups, dtype, layout, masked, gradient, threshold):
+    # On a line a code may be the opposite of its vector, for which there is no one rotation: rounding decides.
+    assume(size > 1 or gradient != "rotation")
     shape = (rows, codes, size, groups, dtype, layout)
     for case in (
         checks.QuantizeCase(*shape, masked=masked, gradient=gradient),
