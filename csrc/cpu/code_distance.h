@@ -29,16 +29,25 @@ struct Codes {
   bool equal(int64_t i, int64_t j) const { return std::memcmp(at(i), at(j), size * size_of(dtype)) == 0; }
 };
 
-// n < kLanes numbers, and zeros after them.
-inline vf load_part(const float* p, int64_t n) {
+// n <= kLanes numbers at p, and zeros after them. What the instruction set does not convert comes as floats.
 #if defined(__AVX512F__)
-  return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
-#else
-  vf v{};
-  for (int64_t i = 0; i < n; i++) v[i] = p[i];
-  return v;
-#endif
+constexpr bool kLoadsHalf = true;
+inline vf load_part(const char* p, int dtype, int64_t n) {
+  const __mmask16 present = (__mmask16)((1u << n) - 1);
+  if (dtype == kFloat32) return (vf)_mm512_maskz_loadu_ps(present, p);
+  const __m256i half = _mm256_maskz_loadu_epi16(present, p);
+  if (dtype == kFloat16) return (vf)_mm512_cvtph_ps(half);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
 }
+#else
+constexpr bool kLoadsHalf = false;
+inline vf load_part(const char* p, int, int64_t n) {
+  if (n == kLanes) return load<vf>(p);
+  alignas(sizeof(vf)) float some[kLanes] = {};
+  std::memcpy(some, p, n * 4);
+  return load<vf>(some);
+}
+#endif
 
 inline float sum_of(vf v) {
 #if defined(__AVX512F__)
@@ -84,50 +93,14 @@ class Distance {
 
   // False if the code is not finite.
   bool interval(const Row& row, int64_t j, Candidate& found) {
-    const int64_t size = codes_.size;
-    const float *z = row.numbers, *e = reinterpret_cast<const float*>(codes_.at(j));
-    if (codes_.dtype != kFloat32) {
-      load_run(codes_.at(j), codes_.dtype, size, buffer_.data());
-      e = buffer_.data();
-    }
     found.index = j;
-    vf sum{}, more{}, squares{};
-    int64_t d = 0;
-    if (metric_ == kL2) {
-      for (; d + 2 * kLanes <= size; d += 2 * kLanes) {
-        const vf a = load<vf>(z + d) - load<vf>(e + d), b = load<vf>(z + d + kLanes) - load<vf>(e + d + kLanes);
-        sum = multiply_add(a, a, sum), more = multiply_add(b, b, more);
-      }
-      for (; d < size; d += kLanes) {
-        const vf a = load<vf>(z + d) - tail(e, d, size);
-        sum = multiply_add(a, a, sum);
-      }
-      const double t = sum_of(sum + more), slack = (double)size * kSmallest;
-      if (!(t < 1e37)) return unbounded(j, found);
-      found.low = t * (1 - error_) - slack, found.high = t * (1 + error_) + slack;
-      return true;
+    if (codes_.dtype == kFloat32) return interval_of<kFloat32>(row, codes_.at(j), found);
+    if constexpr (kLoadsHalf) {
+      if (codes_.dtype == kBFloat16) return interval_of<kBFloat16>(row, codes_.at(j), found);
+      return interval_of<kFloat16>(row, codes_.at(j), found);
     }
-    for (; d + kLanes <= size; d += kLanes) {
-      const vf b = load<vf>(e + d);
-      sum = multiply_add(load<vf>(z + d), b, sum), squares = multiply_add(b, b, squares);
-    }
-    if (d < size) {
-      const vf b = tail(e, d, size);
-      sum = multiply_add(load<vf>(z + d), b, sum), squares = multiply_add(b, b, squares);
-    }
-    const double product = -(double)sum_of(sum), length = std::sqrt((double)sum_of(squares));
-    if (!(length < 1e18) || !(row.length * length < 1e37)) return unbounded(j, found);
-    // Short codes have lost their squares to underflow.
-    if (metric_ == kCosine && length < 1e-10) return unbounded(j, found);
-    const double slack = (double)size * kSmallest;
-    if (metric_ == kCosine) {
-      const double t = product / length, apart = 2 * error_ * row.length + slack / length;
-      found.low = t - apart, found.high = t + apart;
-    } else {
-      const double apart = error_ * row.length * (length + (double)size * 1e-18) + slack;
-      found.low = product - apart, found.high = product + apart;
-    }
-    return true;
+    load_run(codes_.at(j), codes_.dtype, codes_.size, buffer_.data());
+    return interval_of<kFloat32>(row, reinterpret_cast<const char*>(buffer_.data()), found);
   }
 
   // The same of a finite code in float64, summed lane by lane.
@@ -184,14 +157,52 @@ class Distance {
   }
 
  private:
-  static vf tail(const float* e, int64_t d, int64_t size) {
-    return d + kLanes <= size ? load<vf>(e + d) : load_part(e + d, size - d);
+  template <int DTYPE>
+  bool interval_of(const Row& row, const char* code, Candidate& found) {
+    const int64_t size = codes_.size;
+    const float* z = row.numbers;
+    const auto full = [&](int64_t d) { return load_part(code + d * size_of(DTYPE), DTYPE, kLanes); };
+    const auto part = [&](int64_t d) {
+      return d + kLanes <= size ? full(d) : load_part(code + d * size_of(DTYPE), DTYPE, size - d);
+    };
+    const double slack = (double)size * kSmallest;
+    vf sum{}, more{};
+    int64_t d = 0;
+    if (metric_ == kL2) {
+      for (; d + 2 * kLanes <= size; d += 2 * kLanes) {
+        const vf a = load<vf>(z + d) - full(d), b = load<vf>(z + d + kLanes) - full(d + kLanes);
+        sum = multiply_add(a, a, sum), more = multiply_add(b, b, more);
+      }
+      for (; d < size; d += kLanes) {
+        const vf a = load<vf>(z + d) - part(d);
+        sum = multiply_add(a, a, sum);
+      }
+      const double t = sum_of(sum + more);
+      if (!(t < 1e37)) return unbounded(found);
+      found.low = t * (1 - error_) - slack, found.high = t * (1 + error_) + slack;
+      return true;
+    }
+    for (; d < size; d += kLanes) {
+      const vf b = part(d);
+      sum = multiply_add(load<vf>(z + d), b, sum), more = multiply_add(b, b, more);
+    }
+    const double product = -(double)sum_of(sum), length = std::sqrt((double)sum_of(more));
+    if (!(length < 1e18) || !(row.length * length < 1e37)) return unbounded(found);
+    if (metric_ == kCosine) {
+      if (length < 1e-10) return unbounded(found);  // a short code has lost its squares to underflow
+      const double t = product / length, apart = 2 * error_ * row.length + slack / length;
+      found.low = t - apart, found.high = t + apart;
+    } else {
+      const double apart = error_ * row.length * (length + (double)size * 1e-18) + slack;
+      found.low = product - apart, found.high = product + apart;
+    }
+    return true;
   }
 
   // Too large for float32: any score is possible.
-  bool unbounded(int64_t j, Candidate& found) {
+  bool unbounded(Candidate& found) {
     found.low = -kInfinite, found.high = kInfinite;
-    return finite(j);
+    return finite(found.index);
   }
 
   Codes codes_;

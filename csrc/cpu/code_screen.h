@@ -11,12 +11,15 @@
 //     S_ij >= n_j - r_i a_j - l_i b_j - s t_j p . q,
 //
 // n_j = |e'_j|^2 / 2, a_j = |t_j q|, b_j = |e'_j - t_j q|, l_i = |z'_i|, r_i = |z'_i - s p|. One instruction multiplies
-// and adds four of them in each of 16 lanes (AVX512-VNNI). Elsewhere p . q is a float32 product, b_j holds its rounding
-// and r_i is 0. Codes lie in lanes: packed[word][code], a word being four bytes of a code or one float.
+// and adds four of them in each of 16 lanes (AVX512-VNNI). Short codes share t among a block, so that a score needs
+// nothing but whole numbers: the rest of the bound is where its sum begins. Elsewhere p . q is a float32 product, b_j
+// holds its rounding and r_i is 0. Codes lie in lanes: packed[word][code], a word being four bytes of a code or one
+// float.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/code_distance.h"
 #include "cpu/token_math.h"
@@ -40,6 +43,10 @@ constexpr int64_t kBlock = kCodeVectors * kLanes;  // codes that are packed toge
 constexpr int64_t kRowChunk = 4 * kScreenRows;     // rows that share a scale, and a pass over the packed codes
 
 constexpr int64_t words_of(int64_t size) { return kBytes ? (size + 3) / 4 : size; }
+
+// Words up to which a code is short: a tile of rows then stays in registers while the codes pass by.
+constexpr int64_t kShortWords = 4;
+constexpr bool is_short(int64_t size) { return kBytes && words_of(size) <= kShortWords; }
 
 // What a row takes: bytes are written in whole vectors of 16.
 constexpr int64_t row_floats(int64_t size) { return kBytes ? (size + 15) / 16 * 4 : size; }
@@ -125,37 +132,44 @@ inline void pack_block(const Codes& codes, Metric metric, bool one, const float*
   float *n = to + words * kBlock, *a = n + kBlock, *b = a + kBlock, *t = b + kBlock;
   float* x = space.code.data();
   std::fill(x + size, x + width, 0.0f);
+  // Leaves in x what is packed of code j, and how large it is: NaN if no code is there, infinite if float32 cannot
+  // judge it. Such a code is always looked at; what is not finite will then be found out.
+  const auto prepare = [&](int64_t j) -> Sums {
+    if (j >= codes.count || (one && j > 0 && codes.equal(j, j - 1))) return {NAN, 0};
+    load_run(codes.at(j), codes.dtype, size, x);
+    const auto [squares, largest] = measure(x, width);
+    const bool usable = squares < kHuge * kHuge && (metric != kCosine || squares > 1e-20f || largest == 0);
+    if (!usable) return {INFINITY, 0};
+    if (metric == kCosine && squares > 0) {
+      const float shrink = 1.0f / std::sqrt(squares);
+      for (int64_t d = 0; d < size; d++) x[d] *= shrink;
+    }
+    for (int64_t d = 0; d < size; d++) x[d] -= centre[d];
+    return measure(x, width);
+  };
+  float shared = 0;
+  if (is_short(size))
+    for (int64_t j = first; j < first + kBlock; j++) shared = std::max(shared, prepare(j).largest);
   for (int v = 0; v < kCodeVectors; v++) {
     for (int lane = 0; lane < kLanes; lane++) {
       const int64_t j = first + lane * kCodeVectors + v, at = v * kLanes + lane;
       float* row = space.rows.data() + lane * row_words;
-      n[at] = std::numeric_limits<float>::infinity(), a[at] = b[at] = t[at] = 0;
-      bool usable = j < codes.count && !(one && j > 0 && codes.equal(j, j - 1));
-      if (usable) {
-        load_run(codes.at(j), codes.dtype, size, x);
-        const auto [squares, largest] = measure(x, width);
-        usable = squares < kHuge * kHuge && (metric != kCosine || squares > 1e-20f || largest == 0);
-        // A code that float32 cannot judge is always looked at; what is not finite will then be found out.
-        if (!usable) n[at] = -std::numeric_limits<float>::infinity();
-        if (usable && metric == kCosine && squares > 0) {
-          const float shrink = 1.0f / std::sqrt(squares);
-          for (int64_t d = 0; d < size; d++) x[d] *= shrink;
-        }
-      }
-      if (!usable) {
-        std::fill(row, row + row_words, 0.0f);
+      const Sums sums = prepare(j);
+      if (!std::isfinite(sums.squares)) {
+        n[at] = std::isnan(sums.squares) ? INFINITY : -INFINITY;
+        a[at] = b[at] = 0, t[at] = std::max(shared / 127.0f, kLeastScale);
+        std::memset(row, is_short(size) ? 0 : 0x80, row_words * 4);
         continue;
       }
-      for (int64_t d = 0; d < size; d++) x[d] -= centre[d];
-      const Sums sums = measure(x, width);
       const float length = length_of(sums, size);
       const float half = metric == kL2 ? sums.squares * 0.5f : 0.0f;
       // What was rounded before this: the difference from the centre, a length of 1.
       float before = 2.0f * (float)kUnit * length;
       if (metric == kCosine) before += (float)(size + 24) * (float)kUnit;
 #if defined(__AVX512VNNI__)
-      const float scale = std::max(sums.largest / 127.0f, kLeastScale);
-      const Rounded found = to_bytes(x, width, scale, (int8_t)0x80, reinterpret_cast<int8_t*>(row));
+      const float scale = std::max((is_short(size) ? shared : sums.largest) / 127.0f, kLeastScale);
+      const int8_t flip = is_short(size) ? 0 : (int8_t)0x80;
+      const Rounded found = to_bytes(x, width, scale, flip, reinterpret_cast<int8_t*>(row));
       a[at] = found.length;
       b[at] = found.rest + before + 16.0f * (float)kUnit * length;
       t[at] = scale;
@@ -229,9 +243,90 @@ inline void screen_tile(const ScreenRows& rows, int64_t row, const float* block,
 #endif
 }
 
+#if defined(__AVX512VNNI__)
+// Where the sums of whole numbers of all codes begin, in units of s t: begin[block][code]. The bytes of the rows have
+// 128 added to them. A code that is always looked at, or whose bound is beyond whole numbers, leaves minus infinity in
+// `forced`, lane by lane; a bound that is too large is lowered.
+inline void begin_short(const ScreenRows& rows, const Packed& packed, int64_t blocks, int32_t* begin, float* forced) {
+  constexpr float kLimit = 0x1p30f;
+  const vf residual = splat(rows.residual), length = splat(rows.length), inverse = splat(1.0f / rows.scale);
+  for (int64_t b = 0; b < blocks; b++) {
+    const float *block = packed.block(b), *n = block + rows.words * kBlock;
+    vf always = splat(INFINITY);
+    for (int64_t j = 0; j < kBlock; j += kLanes) {
+      const vf apart = residual * load<vf>(n + kBlock + j) + length * load<vf>(n + 2 * kBlock + j);
+      const vf bound = (load<vf>(n + j) - apart) * inverse / load<vf>(n + 3 * kBlock + j);
+      const vi low = bound < splat(-kLimit);
+      always = smaller(as_float((as_int(splat(-INFINITY)) & low) | (as_int(splat(INFINITY)) & ~low)), always);
+      const __m512 held = _mm512_max_ps(_mm512_min_ps((__m512)bound, _mm512_set1_ps(kLimit)), _mm512_set1_ps(-kLimit));
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t k = 0; k < rows.words; k++)
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(block + k * kBlock + j));
+      const __m512i whole = _mm512_cvt_roundps_epi32(held, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+      _mm512_storeu_si512(begin + b * kBlock + j, _mm512_sub_epi32(whole, _mm512_slli_epi32(sum, 7)));
+    }
+    store(forced + b * kLanes, always);
+  }
+}
+
+template <int WORDS, int ROWS>
+inline void screen_short(const ScreenRows& rows, int64_t row, const Packed& packed, int64_t blocks, int64_t span,
+                         const int32_t* begin, const float* forced, float* least, int64_t stride) {
+  __m512i left[ROWS][WORDS];
+  for (int m = 0; m < ROWS; m++)
+    for (int k = 0; k < WORDS; k++) {
+      int32_t word;
+      std::memcpy(&word, rows.data + (row + m) * rows.stride + k, 4);
+      left[m][k] = _mm512_set1_epi32(word);
+    }
+  for (int64_t b = 0; b < blocks; b++) {
+    const float* block = packed.block(b);
+    __m512i most[ROWS];
+#pragma GCC unroll 4
+    for (int v = 0; v < kCodeVectors; v++) {
+      __m512i right[WORDS];
+      for (int k = 0; k < WORDS; k++) right[k] = _mm512_loadu_si512(block + k * kBlock + v * kLanes);
+      const __m512i start = _mm512_loadu_si512(begin + b * kBlock + v * kLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; m++) {
+        __m512i sum = start;
+        for (int k = 0; k < WORDS; k++) sum = _mm512_dpbusd_epi32(sum, left[m][k], right[k]);
+        most[m] = v ? _mm512_min_epi32(sum, most[m]) : sum;
+      }
+    }
+    const vf scale = load<vf>(block + (WORDS + 3) * kBlock), always = load<vf>(forced + b * kLanes);
+    float* to = least + b / span * kLanes;
+    for (int m = 0; m < ROWS; m++) {
+      vf score = smaller((vf)_mm512_cvtepi32_ps(most[m]) * scale, always);
+      if (b % span) score = smaller(score, load<vf>(to + m * stride));
+      store(to + m * stride, score);
+    }
+  }
+}
+#endif
+
+// Floats of `begin`, which is for short codes.
+constexpr int64_t begin_floats(int64_t size, int64_t blocks) { return is_short(size) ? blocks * (kBlock + kLanes) : 0; }
+
 // Blocks [0, blocks): least[row][group][lane] of every `span` blocks, `stride` floats from row to row.
 inline void screen(const ScreenRows& rows, int64_t count, const Packed& packed, int64_t blocks, int64_t span,
-                   float* least, int64_t stride) {
+                   float* begin, float* least, int64_t stride) {
+#if defined(__AVX512VNNI__)
+  if (rows.words <= kShortWords) {
+    int32_t* const sums = reinterpret_cast<int32_t*>(begin);
+    float* const forced = begin + blocks * kBlock;
+    begin_short(rows, packed, blocks, sums, forced);
+    const auto run = [&](auto words) {
+      constexpr int kWords = decltype(words)::value, kRows = kWords <= 2 ? 6 : 4;
+      for (int64_t row = 0; row < count; row += kRows)
+        screen_short<kWords, kRows>(rows, row, packed, blocks, span, sums, forced, least + row * stride, stride);
+    };
+    if (rows.words == 1) return run(std::integral_constant<int, 1>());
+    if (rows.words == 2) return run(std::integral_constant<int, 2>());
+    if (rows.words == 3) return run(std::integral_constant<int, 3>());
+    return run(std::integral_constant<int, 4>());
+  }
+#endif
   alignas(64) float first[kBlock];
   const vf inverse = splat(1.0f / rows.scale), residual = splat(rows.residual), length = splat(rows.length);
   for (int64_t b = 0; b < blocks; b++) {

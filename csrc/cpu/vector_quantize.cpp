@@ -91,7 +91,7 @@ void find_centre(const Problem& p, float* centre) {
 // What a thread works in.
 struct Space {
   int64_t width;
-  Floats numbers, words, least, shifted;
+  Floats numbers, words, begin, least, shifted;
   ScreenRows rows;
   Row row[kRowChunk];
   double offset[kRowChunk];  // from half a score of the specification to S (code_screen.h), rounded upward
@@ -99,10 +99,11 @@ struct Space {
   Distance distance;
   Candidates candidates;
 
-  Space(const Problem& p, int64_t groups)
+  Space(const Problem& p, int64_t blocks, int64_t groups)
       : width(padded(p.a.size)),
         numbers(kRowChunk * width),
         words(kRowChunk * row_floats(p.a.size)),
+        begin(begin_floats(p.a.size, blocks)),
         least(kRowChunk * groups * kLanes),
         shifted(width),
         distance(p.codes, p.a.metric),
@@ -176,6 +177,8 @@ void shift_rows(const Problem& p, int64_t n, const float* centre, Space& w) {
     int32_t all = 0;
     for (int64_t d = 0; d < size; d++) all += bytes[d];
     rows.start[i] = -128 * all;
+    if (is_short(size))
+      for (int64_t d = 0; d < rows.words * 4; d++) bytes[d] = (int8_t)(bytes[d] ^ 0x80);
 #else
     for (int64_t d = 0; d < size; d++) to[d] = -x[d];
 #endif
@@ -257,23 +260,32 @@ float kth_least(const float* x, int64_t vectors, int64_t k) {
 void offer_packed(const Problem& p, int64_t i, int64_t first, int64_t blocks, int64_t span, Space& w) {
   const int64_t groups = tiles_of(blocks, span), k = p.a.k;
   float* least = w.least.data() + i * groups * kLanes;
+  // The least of kSummed groups each, so that most groups are not looked at again.
+  constexpr int64_t kSummed = 8;
+  alignas(64) float summary[(kMostGroups + kSummed - 1) / kSummed * kLanes];
+  const int64_t summaries = tiles_of(groups, kSummed);
   float best;  // the k-th least bound
-  if (k == 1) {
-    vf most = load<vf>(least);
-    for (int64_t g = 1; g < groups; g++) most = smaller(load<vf>(least + g * kLanes), most);
-    best = -largest_lane(-most);
-  } else {
-    best = kth_least(least, groups, k);
+  vf all = splat(std::numeric_limits<float>::infinity());
+  for (int64_t s = 0; s < summaries; s++) {
+    vf most = load<vf>(least + s * kSummed * kLanes);
+    for (int64_t g = s * kSummed + 1; g < std::min(groups, (s + 1) * kSummed); g++)
+      most = smaller(load<vf>(least + g * kLanes), most);
+    store(summary + s * kLanes, most);
+    all = smaller(most, all);
   }
+  best = k == 1 ? -largest_lane(-all) : kth_least(least, groups, k);
   const auto under = [&](float cut) {
     Hits hits(p, first, blocks, span, w.candidates);
-    for (int64_t g = 0; g < groups; g++) {
-      float* from = least + g * kLanes;
-      if (!any(load<vf>(from) <= splat(cut))) continue;
-      for (int lane = 0; lane < kLanes; lane++) {
-        if (!(from[lane] <= cut)) continue;
-        from[lane] = std::numeric_limits<float>::quiet_NaN();  // not twice
-        hits.add(g, lane);
+    for (int64_t s = 0; s < summaries; s++) {
+      if (!any(load<vf>(summary + s * kLanes) <= splat(cut))) continue;
+      for (int64_t g = s * kSummed; g < std::min(groups, (s + 1) * kSummed); g++) {
+        float* from = least + g * kLanes;
+        if (!any(load<vf>(from) <= splat(cut))) continue;
+        for (int lane = 0; lane < kLanes; lane++) {
+          if (!(from[lane] <= cut)) continue;
+          from[lane] = std::numeric_limits<float>::quiet_NaN();  // not twice
+          hits.add(g, lane);
+        }
       }
     }
   };
@@ -371,7 +383,7 @@ void run_group(const Problem& p) {
     find_centre(p, centre);
   const Packed packed{words_of(a.size), a.packed ? const_cast<float*>(a.packed) + width : centre + width};
   std::vector<int64_t> found(parts > 1 ? parts * rows * k : 0);
-  const auto make = [&] { return Space(p, few ? 1 : groups); };
+  const auto make = [&] { return few ? Space(p, 1, 1) : Space(p, part_blocks, groups); };
 
   for (int64_t pass = 0; pass < passes; pass++) {
     const int64_t begin = pass * pass_blocks, blocks = std::min(pass_blocks, all_blocks - begin);
@@ -388,7 +400,7 @@ void run_group(const Problem& p) {
       begin_rows(p, first, n, w);
       if (!few && from < to) {
         shift_rows(p, n, centre, w);
-        screen(w.rows, n, Packed{packed.words, packed.block(from)}, to - from, span, w.least.data(),
+        screen(w.rows, n, Packed{packed.words, packed.block(from)}, to - from, span, w.begin.data(), w.least.data(),
                tiles_of(to - from, span) * kLanes);
       }
       for (int64_t i = 0; i < n; i++) {
