@@ -36,7 +36,7 @@ ISAS = ("base", "avx2", "avx512", "avx512bf16", "amx")
 BEST_ISA = "avx512bf16"
 """The best one that is used without being ordered: ``amx`` has run on a stand-in for the tile unit only."""
 
-FAMILIES = ("sampler_step", "token_sampling", "attention")
+FAMILIES = ("sampler_step", "token_sampling", "attention", "gradient_bucket")
 
 PARTS = {
     "token_sampling": ("token_sampling", "token_transfer", "token_masking", "token_transition", "token_head"),
@@ -47,7 +47,12 @@ PARTS = {
 # The order in which CUDA tensors are offered to the GPU backends, per family. The design asks for a measurement
 # before `cuda` comes first; no GPU has been at hand for this family yet, so Triton leads.
 # A family without `cuda` in its line has no CUDA C++ kernels.
-CUDA_ORDER = {"sampler_step": ("triton", "cuda"), "token_sampling": ("triton",), "attention": ("triton",)}
+CUDA_ORDER = {
+    "sampler_step": ("triton", "cuda"),
+    "token_sampling": ("triton",),
+    "attention": ("triton",),
+    "gradient_bucket": ("triton", "cuda"),
+}
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("genfast_backend", default=None)
 _environment: str | None = os.environ.get("GENFAST_BACKEND")  # read once: a look-up per call costs as much as a step

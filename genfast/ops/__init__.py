@@ -3,6 +3,7 @@
 from genfast.ops import (  # noqa: F401
     attention,
     attention_cached,
+    gradient_bucket,
     sampler_step,
     token_head,
     token_masking,
