@@ -101,6 +101,11 @@ class BucketLayout:
         scales = 4 * (self.chunk // BLOCK) if self.quantised else 0
         return -(-(self.code_bytes + scales) // ALIGNMENT) * ALIGNMENT
 
+    @cached_property
+    def native(self) -> tuple[int, ...]:
+        """What the native kernels are told of a layout."""
+        return self.ranks, self.chunk, self.chunk_bytes, self.code_bytes, self.numel, WIRES[self.wire].code
+
     @property
     def shape(self) -> tuple[int, int]:
         """Of the bucket on the wire, in bytes."""

@@ -151,5 +151,6 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_token_masking(module);
   register_attention(module);
   register_attention_cached(module);
+  register_gradient_bucket(module);
   register_token_head(module);
 }

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from genfast import profiling
 from genfast._registry import export
-from genfast.backends import choose
+from genfast.backends import HotPath, choose
 from genfast.gradient_wire import BucketLayout
 
 FAMILY = "gradient_bucket"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pack_path = HotPath(FAMILY, "pack_gradients")
+unpack_path = HotPath(FAMILY, "unpack_gradients")
 
 
 @export(FAMILY)
@@ -24,8 +26,8 @@ class PackedBucket(NamedTuple):
     wire: Tensor
     """uint8 [ranks, chunk_bytes], of the layout's shape."""
     finite: Tensor
-    """bool [tensors], on the device: whether all values of a tensor are finite, also when cast to the wire's dtype. On a
-    quantised wire one that is not spoils the block of 256 values around it, which :func:`unpack_gradients` finds."""
+    """bool [tensors], on the device: whether all values of a tensor are finite, also when cast to the wire's dtype. On
+    a quantised wire one that is not spoils the block of 256 values around it, which :func:`unpack_gradients` finds."""
 
 
 @export(FAMILY)
@@ -69,6 +71,13 @@ def pack_gradients(
     Source: Dettmers 2016 (8-bit gradients, arXiv:1511.04561); Karimireddy et al. 2019 (error feedback,
     arXiv:1901.09847). The arithmetic: ``genfast/reference/gradient_bucket.py``.
     """
+    if not torch.compiler.is_compiling() and _is_plain(out, layout) and _is_plain_residual(residual, layout):
+        finite = torch.empty(len(layout.numels), dtype=torch.bool)
+        wire = torch.empty(layout.shape, dtype=torch.uint8) if out is None else out
+        kept = 0 if residual is None else residual.data_ptr()
+        arguments = gradients, layout.numels, layout.native, scale, kept, wire.data_ptr(), 0, finite.data_ptr()
+        if pack_path.run(*arguments) is not NotImplemented:
+            return PackedBucket(wire, finite)
     gradients = _checked_gradients(gradients, layout)
     device = gradients[0].device if gradients else _device_of(out)
     scale, number = _checked_scale(scale, device)
@@ -108,7 +117,7 @@ def reduce_chunks(
     """
     _check_layout(layout)
     device = received.device if isinstance(received, Tensor) else None
-    received = _checked_wire("received", received, layout.shape, device)
+    received = _checked_wire("received", received, layout.shape, device, made=False)
     scale, number = _checked_scale(scale, device)
     _check_residual(residual, layout.chunk, device)
     out = _checked_wire("out", out, layout.shape[1:], device)
@@ -136,12 +145,17 @@ def unpack_gradients(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; nothing is then written.
         BackendUnavailable: the backend ordered with ``genfast.backend`` cannot run.
     """
+    if not torch.compiler.is_compiling() and reduced is not None and _is_plain(reduced, layout):
+        square_norm, finite = _unpack_results(reduced, layout.numels)
+        where = reduced.data_ptr(), square_norm.data_ptr(), finite.data_ptr()
+        if unpack_path.run(gradients, layout.numels, layout.native, scale, 0, *where) is not NotImplemented:
+            return Unpacked(square_norm, finite)
     gradients = _checked_gradients(gradients, layout)
     for k, t in enumerate(gradients):
         if any(n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride())):
             raise ValueError(f"gradients[{k}] is an expanded tensor: several of its elements share one place in memory")
     device = gradients[0].device if gradients else _device_of(reduced)
-    reduced = _checked_wire("reduced", reduced, layout.shape, device)
+    reduced = _checked_wire("reduced", reduced, layout.shape, device, made=False)
     scale, number = _checked_scale(scale, device)
     call = _unpack_op if torch.compiler.is_compiling() else _unpack
     return Unpacked(*call(reduced, gradients, *_flat(layout), scale, number))
@@ -157,6 +171,23 @@ def _check_layout(layout) -> None:
 
 def _device_of(t) -> torch.device:
     return t.device if isinstance(t, Tensor) else torch.device("cpu")
+
+
+def _is_plain(wire, layout) -> bool:
+    """Whether a bucket, if there is one, is what the hot path may take unseen; the path looks at the tensors itself."""
+    if type(layout) is not BucketLayout:
+        return False
+    return wire is None or (
+        type(wire) is Tensor and wire.dtype is torch.uint8 and wire.is_cpu and wire.is_contiguous()
+        and wire.shape == layout.shape
+    )  # fmt: skip
+
+
+def _is_plain_residual(residual, layout) -> bool:
+    return residual is None or (
+        type(residual) is Tensor and residual.dtype is torch.float32 and residual.is_cpu and residual.is_contiguous()
+        and residual.shape == (layout.numel,)
+    )  # fmt: skip
 
 
 def _checked_gradients(gradients, layout) -> list[Tensor]:
@@ -197,8 +228,8 @@ def _check_residual(residual, numel: int, device) -> None:
         )
 
 
-def _checked_wire(name: str, t, shape, device) -> Tensor:
-    if t is None:
+def _checked_wire(name: str, t, shape, device, made: bool = True) -> Tensor:
+    if t is None and made:
         return torch.empty(shape, dtype=torch.uint8, device=device)
     if not isinstance(t, Tensor) or t.dtype != torch.uint8 or not t.is_contiguous():
         raise TypeError(f"{name} must be a contiguous uint8 tensor")
@@ -249,7 +280,7 @@ def _unpack(
     number: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = BucketLayout(numels, ranks, wire)
-    square_norm, finite = _unpack_fake(reduced, gradients, numels, ranks, wire, scale, number)
+    square_norm, finite = _unpack_results(reduced, numels)
     _run(
         "unpack_gradients", reduced.device, layout.numel, reduced, gradients, layout=layout,
         scale=number if scale is None else scale, square_norm=square_norm, finite=finite,
@@ -257,7 +288,7 @@ def _unpack(
     return square_norm, finite
 
 
-def _unpack_fake(reduced, gradients, numels, ranks, wire, scale, number):
+def _unpack_results(reduced, numels) -> tuple[Tensor, Tensor]:
     return reduced.new_empty(len(numels), dtype=torch.float64), reduced.new_empty(len(numels), dtype=torch.bool)
 
 
@@ -280,7 +311,11 @@ _unpack_op = torch.library.custom_op(
     mutates_args=("gradients",),
     schema=f"(Tensor reduced, Tensor(a!)[] gradients, {_LAYOUT}) -> (Tensor, Tensor)",
 )
-_unpack_op.register_fake(_unpack_fake)
+
+
+@_unpack_op.register_fake
+def _unpack_fake(reduced, gradients, numels, ranks, wire, scale, number):
+    return _unpack_results(reduced, numels)
 
 
 @_pack_op.register_fake

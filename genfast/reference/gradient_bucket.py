@@ -19,6 +19,8 @@ from genfast.gradient_wire import BLOCK, SMALLEST, WIRES, BucketLayout
 def encode(values: Tensor, layout: BucketLayout, out: Tensor) -> Tensor:
     """float32 [n chunks, chunk] to uint8 [n chunks, chunk_bytes]; what the other end will read, as float32."""
     wire = WIRES[layout.wire]
+    if not layout.chunk:
+        return values
     codes = out[:, : layout.code_bytes].view(wire.dtype)
     if not layout.quantised:
         codes.copy_(values)
@@ -40,6 +42,8 @@ def encode(values: Tensor, layout: BucketLayout, out: Tensor) -> Tensor:
 
 def decode(chunks: Tensor, layout: BucketLayout) -> Tensor:
     """uint8 [n chunks, chunk_bytes] to float32 [n chunks, chunk]."""
+    if not layout.chunk:
+        return chunks.float()
     values = chunks[:, : layout.code_bytes].contiguous().view(WIRES[layout.wire].dtype).float()
     if not layout.quantised:
         return values
