@@ -144,6 +144,13 @@ def test_overflow_of_a_cast_is_found():
     assert pack_gradients([torch.tensor([3.38e38])], layout).finite.all()
 
 
+def test_squares_do_not_overflow():
+    layout = BucketLayout([300], 1, "fp32")
+    gradient = torch.full((300,), 3e38)
+    square_norm, finite = unpack_gradients(pack_gradients([gradient], layout).wire, layout, [gradient])
+    assert finite.all() and torch.allclose(square_norm, 300 * gradient[:1].double().square())
+
+
 def test_blocks_of_tiny_values_are_zeros():
     layout = BucketLayout([256], 1, "int8")
     residual = torch.zeros(256)

@@ -3,8 +3,8 @@
 //
 // The values of all tensors, one after the other, are cut into groups of 16 blocks of 256 values; a thread takes a run
 // of groups. A block is gathered into the first-level cache, wherever its values lie, and everything is done to it
-// there: scale, residual, finiteness, codes; or codes, scale, squares, finiteness. Squares are added in float32 lane by
-// lane within a block, in float64 block by block and tensor by tensor, in an order that no thread changes.
+// there: scale, residual, finiteness, codes; or codes, scale, squares, finiteness. Squares are added in float64, block
+// by block and tensor by tensor, in an order that no thread changes.
 #include "cpu/gradient_bucket.h"
 
 #include <algorithm>
@@ -86,15 +86,13 @@ bool any_odd(const float* v, int64_t n, int wire) {
 }
 
 double sum_of_squares(const float* v, int64_t n) {
-  vf sum{};
+  constexpr int kSums = 16;  // side by side, for the vectors and their latency
+  double sum[kSums] = {}, total = 0;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const vf x = load<vf>(v + i);
-    sum += x * x;
-  }
-  double total = 0;
-  for (int k = 0; k < kLanes; k++) total += sum[k];
+  for (; i + kSums <= n; i += kSums)
+    for (int k = 0; k < kSums; k++) sum[k] += (double)v[i + k] * v[i + k];
   for (; i < n; i++) total += (double)v[i] * v[i];
+  for (int k = 0; k < kSums; k++) total += sum[k];
   return total;
 }
 
