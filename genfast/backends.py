@@ -36,7 +36,7 @@ ISAS = ("base", "avx2", "avx512", "avx512bf16", "amx")
 BEST_ISA = "avx512bf16"
 """The best one that is used without being ordered: ``amx`` has run on a stand-in for the tile unit only."""
 
-FAMILIES = ("sampler_step", "token_sampling", "attention", "vector_quantize")
+FAMILIES = ("sampler_step", "token_sampling", "attention", "vector_quantize", "gradient_bucket")
 
 PARTS = {
     "token_sampling": ("token_sampling", "token_transfer", "token_masking", "token_transition", "token_head"),
@@ -53,6 +53,7 @@ CUDA_ORDER = {
     "token_sampling": ("triton",),
     "attention": ("triton",),
     "vector_quantize": ("triton",),
+    "gradient_bucket": (),  # its GPU kernels are not written yet
 }
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("genfast_backend", default=None)

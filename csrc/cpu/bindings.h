@@ -8,6 +8,7 @@ void register_token_sampling(pybind11::module_& module);
 void register_token_masking(pybind11::module_& module);
 void register_attention(pybind11::module_& module);
 void register_attention_cached(pybind11::module_& module);
+void register_gradient_bucket(pybind11::module_& module);
 void register_token_head(pybind11::module_& module);
 void register_code_update(pybind11::module_& module);
 void register_scalar_quantize(pybind11::module_& module);

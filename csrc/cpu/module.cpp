@@ -151,6 +151,7 @@ PYBIND11_MODULE(GENFAST_MODULE, module) {
   register_token_masking(module);
   register_attention(module);
   register_attention_cached(module);
+  register_gradient_bucket(module);
   register_token_head(module);
   register_code_update(module);
   register_scalar_quantize(module);

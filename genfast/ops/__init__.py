@@ -4,6 +4,7 @@ from genfast.ops import (  # noqa: F401
     attention,
     attention_cached,
     code_update,
+    gradient_bucket,
     kmeans,
     nearest_code_index,
     residual_quantize,
