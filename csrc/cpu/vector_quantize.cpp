@@ -33,6 +33,7 @@ constexpr int64_t kMostBytes = 4 << 20, kSomeRows = 1024, kBytesOfSome = 1 << 20
 // codes that they may look at, and rows that a thread takes at a time.
 constexpr double kShareOfTree = 0.018;
 constexpr int64_t kTreeSamples = 128, kTreeRows = 128;
+constexpr int64_t kLeastTreeRows = 4096;  // fewer do not pay for the tree
 constexpr double kWorthATree = 0.4;
 
 enum RowState : char { kNormal, kNotFinite, kOutOfRange };
@@ -331,9 +332,9 @@ void write_distances(const Problem& p, int64_t first, int64_t n, Space& w, int64
 // Whether a tree of the codes fits the memory that a call may take, and may be worth making.
 bool may_have_tree(const Problem& p) {
   const NearestArgs& a = p.a;
-  return a.metric == kL2 && a.k == 1 && !a.packed && a.size <= kTreeSize && a.count >= 16 * kLeaf &&
-         kShareOfTree * (double)p.rows >= (double)CodeTree::floats_of(a.size) && a.count <= INT32_MAX &&
-         p.rows <= INT32_MAX;
+  return a.metric == kL2 && a.k == 1 && !a.packed && a.size <= kTreeSize && p.rows >= kLeastTreeRows &&
+         a.count >= 16 * kLeaf && kShareOfTree * (double)p.rows >= (double)CodeTree::floats_of(a.size) &&
+         a.count <= INT32_MAX && p.rows <= INT32_MAX;
 }
 
 // The rows' nearest codes from a tree. False, with nothing done, where it does not rule out enough: some rows tell.
