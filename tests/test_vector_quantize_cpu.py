@@ -79,6 +79,34 @@ def test_many_rows():
     check_exact(randn(2000, 9), randn(200, 9, seed=1))
 
 
+@pytest.mark.parametrize("size, codes, dtype", [(1, 1024, 0), (3, 1100, 1), (4, 1500, 0), (8, 1025, 2), (13, 1100, 0)])
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_short_codes(size, codes, dtype, spread):
+    """Enough rows that a tree of the codes is made; rows near codes, of no use, and far too long among them."""
+    codebook = randn(codes, size, seed=1) * spread
+    codebook[codes // 2 :: 7] = codebook[3]
+    z = codebook[torch.arange(4100) % codes] + 0.05 * spread * randn(4100, size)
+    z[5], z[77, 0], z[78, -1], z[79, 0] = 0, float("nan"), float("inf"), 1e17
+    z, codebook = (x.clamp(-6e4, 6e4).to(DTYPES[dtype]) if dtype == 2 else x.to(DTYPES[dtype]) for x in (z, codebook))
+    check_exact(z, codebook)
+    check_exact(z.T.contiguous().view(1, size, 4100), codebook, dim=1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e20, 1e14])
+def test_short_codes_out_of_range(bad):
+    codebook, z = randn(1100, 5, seed=1), 30 * randn(4100, 5)
+    codebook[700, 2] = bad
+    check_exact(z, codebook)
+
+
+def test_short_codes_at_one_distance():
+    directions = torch.nn.functional.normalize(randn(1100, 4), dim=1)
+    centres = 100 * randn(3, 4, seed=1)
+    z = centres[torch.arange(4100) % 3]
+    check_exact(z, torch.cat([c + directions for c in centres]))
+    check_exact(z, centres[torch.arange(1100) % 3])
+
+
 @pytest.mark.parametrize("size", [2, 8, 64, 300])
 @pytest.mark.parametrize("rows", [3, 40])
 def test_codes_at_one_distance(size, rows):

@@ -7,7 +7,8 @@
 //
 // Codes are packed once, by all threads, as many as fit the memory that a call may take; then each thread takes chunks
 // of rows. With few rows it takes a part of the codes, and the parts' nearest codes are candidates once more. A handful
-// of rows costs less than packing: all their codes are computed in float32.
+// of rows costs less than packing: all their codes are computed in float32. Many rows of few numbers ask a tree of the
+// codes instead (code_tree.h).
 #include "cpu/vector_quantize.h"
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 
 #include "cpu/code_distance.h"
 #include "cpu/code_screen.h"
+#include "cpu/code_tree.h"
 #include "cpu/workspace.h"
 
 namespace genfast {
@@ -27,6 +29,13 @@ constexpr int64_t kCentreCodes = 256;  // whose mean is taken out
 // at the most; but a few rows are not to make many turns.
 constexpr double kShareOfScores = 0.01;
 constexpr int64_t kMostBytes = 4 << 20, kSomeRows = 1024, kBytesOfSome = 1 << 20;
+
+// The same share, in floats to a code, for a tree of the codes; rows that tell whether it is of use, the share of the
+// codes that they may look at, and rows that a thread takes at a time.
+constexpr double kShareOfTree = 0.018;
+constexpr int64_t kTreeSamples = 128, kTreeRows = 128;
+constexpr int64_t kLeastTreeRows = 4096;  // fewer do not pay for the tree
+constexpr double kWorthATree = 0.4;
 
 enum RowState : char { kNormal, kNotFinite, kOutOfRange };
 
@@ -110,17 +119,24 @@ struct Space {
         candidates(distance, p.a.k, p.a.exact) {}
 };
 
+// What is needed of row i of the chunk, once its numbers have been read.
+void judge_row(int64_t i, Space& w) {
+  const float* z = w.numbers.data() + i * w.width;
+  const double squares = sum_in_lanes(w.width, [&](int64_t d) { return (double)z[d] * z[d]; });
+  w.row[i] = {z, std::sqrt(squares) * (1 + 0x1p-30)};
+  w.state[i] = !Distance::all_finite(z, w.width) ? kNotFinite : w.row[i].length < (double)kHuge ? kNormal : kOutOfRange;
+}
+
 // Reads a chunk of rows.
 void begin_rows(const Problem& p, int64_t first, int64_t n, Space& w) {
   load_rows(p, first, n, w.width, w.numbers.data());
-  for (int64_t i = 0; i < n; i++) {
-    const float* z = w.numbers.data() + i * w.width;
-    const double squares = sum_in_lanes(w.width, [&](int64_t d) { return (double)z[d] * z[d]; });
-    w.row[i] = {z, std::sqrt(squares) * (1 + 0x1p-30)};
-    w.state[i] = !Distance::all_finite(z, w.width) ? kNotFinite
-                 : w.row[i].length < (double)kHuge ? kNormal
-                                                   : kOutOfRange;
-  }
+  for (int64_t i = 0; i < n; i++) judge_row(i, w);
+}
+
+// Reads a row for place i of the chunk.
+void begin_row(const Problem& p, int64_t row, int64_t i, Space& w) {
+  load_rows(p, row, 1, w.width, w.numbers.data() + i * w.width);
+  judge_row(i, w);
 }
 
 // Fills in what the screen multiplies.
@@ -307,17 +323,17 @@ void offer_found(const int64_t* found, int64_t k, Candidates& candidates) {
     if (found[i] >= 0) candidates.offer(found[i]);
 }
 
-void write_distances(const Problem& p, int64_t first, int64_t n, Space& w) {
+void write_distances(const Problem& p, int64_t first, int64_t n, Space& w, int64_t place = 0) {
   for (int64_t i = 0; i < n; i++) {
     const int64_t* index = p.indices(first + i);
     float* to = p.distances(first + i);
-    const float* z = w.row[i].numbers;
+    const float* z = w.row[place + i].numbers;
     double squares = 0;
     for (int64_t d = 0; d < p.a.size; d++) squares += (double)z[d] * z[d];
     for (int64_t r = 0; r < p.a.k; r++) {
       if (index[r] < 0) {
         const float none = p.a.metric == kL2 ? INFINITY : -INFINITY;
-        to[r] = w.state[i] == kNotFinite ? NAN : none;
+        to[r] = w.state[place + i] == kNotFinite ? NAN : none;
         continue;
       }
       double score = w.distance.exact(z, index[r]);
@@ -356,7 +372,91 @@ void end_rows(const Problem& p, int64_t first, int64_t n, Space& w) {
   if (p.a.sum) subtract_codes(p, first, n, w);
 }
 
+// Whether a tree of the codes fits the memory that a call may take, and may be worth making.
+bool may_have_tree(const Problem& p) {
+  const NearestArgs& a = p.a;
+  return a.metric == kL2 && a.k == 1 && !a.packed && !a.sum && a.size <= kTreeSize && p.rows >= kLeastTreeRows &&
+         a.count >= 16 * kLeaf && kShareOfTree * (double)p.rows >= (double)CodeTree::floats_of(a.size) &&
+         a.count <= INT32_MAX && p.rows <= INT32_MAX;
+}
+
+// The rows' nearest codes from a tree. False, with nothing done, where it does not rule out enough: some rows tell.
+bool run_tree(const Problem& p) {
+  const NearestArgs& a = p.a;
+  const int64_t rows = p.rows;
+  const int threads = threads_for(rows * a.count, 1 << 16);
+  const Floats memory(padded(kTreeSize));
+  float* const centre = memory.data();
+  std::fill(centre, centre + padded(kTreeSize), 0.0f);
+  find_centre(p, centre);
+  const CodeTree tree(p.codes, centre);
+  if (!tree.usable()) return false;
+
+  struct TreeSpace {
+    Space space;
+    TreeSearch search;
+  };
+  const auto make = [&] { return TreeSpace{Space(p, 1, 1), TreeSearch(tree, centre)}; };
+  // The nearest codes of up to kRows rows, and how much there was to look at.
+  const auto find = [&](TreeSpace& s, const int32_t* row, int n, int64_t* index) {
+    Space& w = s.space;
+    bool usable[TreeSearch::kRows];
+    int64_t work = 0;
+    for (int i = 0; i < n; i++) {
+      begin_row(p, row[i], i, w);
+      index[i] = -1;
+      usable[i] = w.state[i] != kNotFinite && w.row[i].length < (double)kTreeHuge;
+    }
+    s.search.nearest(w.row, usable, n, w.candidates, index, work);
+    for (int i = 0; i < n; i++) {
+      if (usable[i] || w.state[i] == kNotFinite) continue;
+      w.candidates.begin(w.row[i]);
+      offer_all(p, 0, a.count, w.candidates);
+      w.candidates.finish(index + i);
+      work += tree.leaves();
+    }
+    return work;
+  };
+
+  std::vector<int64_t> work(kTreeSamples, 0);
+  for_each(threads, kTreeSamples, make, [&](TreeSpace& s, int64_t i) {
+    int64_t index;
+    const int32_t row = (int32_t)(rows / kTreeSamples * i);
+    work[i] = find(s, &row, 1, &index);
+  });
+  int64_t total = 0;
+  for (int64_t w : work) total += w;
+  if ((double)total > kWorthATree * (double)(kTreeSamples * tree.leaves())) return false;
+
+  // Rows of one leaf after another, so that what they visit is in the caches.
+  std::vector<int32_t> home(rows), order(rows);
+  for_each(
+      threads, tiles_of(rows, kRowChunk), [&] { return std::vector<float>(kRowChunk * padded(kTreeSize)); },
+      [&](std::vector<float>& numbers, int64_t chunk) {
+        const int64_t first = chunk * kRowChunk, n = std::min(kRowChunk, rows - first), width = padded(a.size);
+        load_rows(p, first, n, width, numbers.data());
+        for (int64_t i = 0; i < n; i++) home[first + i] = (int32_t)tree.home(numbers.data() + i * width);
+      });
+  std::vector<int64_t> next(tree.leaves() + 1, 0);
+  for (int64_t i = 0; i < rows; i++) next[home[i] + 1]++;
+  for (int64_t b = 0; b < tree.leaves(); b++) next[b + 1] += next[b];
+  for (int64_t i = 0; i < rows; i++) order[next[home[i]]++] = (int32_t)i;
+
+  for_each(threads, tiles_of(rows, kTreeRows), make, [&](TreeSpace& s, int64_t chunk) {
+    const int64_t end = std::min(rows, (chunk + 1) * kTreeRows);
+    for (int64_t i = chunk * kTreeRows; i < end; i += TreeSearch::kRows) {
+      const int n = (int)std::min<int64_t>(TreeSearch::kRows, end - i);
+      int64_t index[TreeSearch::kRows];
+      find(s, order.data() + i, n, index);
+      for (int r = 0; r < n; r++) *p.indices(order[i + r]) = index[r];
+      for (int r = 0; a.distances && r < n; r++) write_distances(p, order[i + r], 1, s.space, r);
+    }
+  });
+  return true;
+}
+
 void run_group(const Problem& p) {
+  if (may_have_tree(p) && run_tree(p)) return;
   const NearestArgs& a = p.a;
   const int64_t rows = p.rows, k = a.k, chunks = tiles_of(rows, kRowChunk);
   const int threads = threads_for(rows * a.count * a.size, 1 << 16);
