@@ -176,6 +176,7 @@ inline void pack_block(const Codes& codes, Metric metric, bool one, const float*
 #else
       std::copy(x, x + size, row);
       std::fill(row + size, row + row_words, 0.0f);
+      a[at] = t[at] = 0;
       b[at] = before + (float)(2 * size + 24) * (float)kUnit * length;
 #endif
       n[at] = half - half * (float)(2 * size + 32) * (float)kUnit;
