@@ -21,7 +21,7 @@ unpack_path = HotPath(FAMILY, "unpack_gradients")
 
 @export(FAMILY)
 class PackedBucket(NamedTuple):
-    """What :func:`pack_gradients` returns."""
+    """What :func:`pack_gradients` returns: the bucket, and which tensors are finite."""
 
     wire: Tensor
     """uint8 [ranks, chunk_bytes], of the layout's shape."""
@@ -32,7 +32,7 @@ class PackedBucket(NamedTuple):
 
 @export(FAMILY)
 class Unpacked(NamedTuple):
-    """What :func:`unpack_gradients` returns."""
+    """What :func:`unpack_gradients` returns: the squared norm and finiteness of each tensor."""
 
     square_norm: Tensor
     """float64 [tensors], on the device: the sum of the squares of what was written, before its rounding to half
