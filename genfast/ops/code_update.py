@@ -1,4 +1,7 @@
-"""The ops ``quantize`` and ``ema_update_`` of the family ``vector_quantize``: checks, gradients, torch.library."""
+"""The ops ``quantize`` and ``ema_update_`` of the family ``vector_quantize``: checks, gradients, torch.library.
+
+There is no CUDA C++, as in :mod:`genfast.ops.vector_quantize`.
+"""
 
 from __future__ import annotations
 

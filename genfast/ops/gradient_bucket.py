@@ -1,4 +1,7 @@
-"""The ops of the family ``gradient_bucket``: checks, choice of backend, torch.library."""
+"""The ops of the family ``gradient_bucket``: checks, choice of backend, torch.library.
+
+There are no GPU kernels and no benchmark yet: on a GPU these ops run the reference, with a warning.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``NearestCode``: a codebook that is searched again and again, with the methods of faiss's flat indices."""
+"""``NearestCode``: a codebook that is searched again and again, with the methods of faiss's flat indices.
+
+It has no kernels of its own: it keeps what ``nearest_code`` packs. Its tests are with the CPU kernel of that op.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,7 @@ from genfast._registry import export
 from genfast.backends import choose
 from genfast.ops._codes import check_vectors
 from genfast.ops.vector_quantize import FAMILY, MOST_NEIGHBOURS, nearest_code
-
-METRICS = ("l2", "cosine", "dot")
+from genfast.reference.vector_quantize import METRICS
 
 
 @export(FAMILY)

@@ -1,4 +1,7 @@
-"""The op ``residual_quantize`` of the family ``vector_quantize``: checks, choice of backend, torch.library."""
+"""The op ``residual_quantize`` of the family ``vector_quantize``: checks, choice of backend, torch.library.
+
+There is no CUDA C++, as in :mod:`genfast.ops.vector_quantize`.
+"""
 
 from __future__ import annotations
 

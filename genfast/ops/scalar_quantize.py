@@ -1,5 +1,8 @@
 """The public ops of ``scalar_quantize``: quantisers that need no codebook. Checks, choice of backend, gradients,
-torch.library."""
+torch.library.
+
+There is no CUDA C++, as in :mod:`genfast.ops.vector_quantize`.
+"""
 
 from __future__ import annotations
 
