@@ -232,7 +232,10 @@ def test_memory_grows_with_the_queries_not_with_the_keys():
         cache.append(k, k)
         return peak_bytes(lambda: attention_cached(k[:, :, :16], cache), torch.device("cpu"))
 
-    assert 0 < peak(40000) == peak(8192) < 4 * 40000 * 32
+    few, many = peak(8192), peak(40000)  # a thread of the pool that came too late has taken no memory: not equal to the byte
+    keys = 4 * 32 * 4 * (40000 - 8192)
+    assert 0 < few < keys / 20
+    assert abs(many - few) < keys / 100
 
 
 def test_what_does_not_fit_is_dropped_where_it_cannot_be_checked(monkeypatch):
