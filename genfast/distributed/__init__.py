@@ -1,0 +1,13 @@
+"""Reduction of gradients across processes, on torch.distributed: a hook for DDP, and reducers that need no DDP.
+
+Empty where torch was built without torch.distributed.
+"""
+
+import torch.distributed
+
+if torch.distributed.is_available():
+    from genfast.distributed.failures import RankFailure
+    from genfast.distributed.finished import Finished
+    from genfast.distributed.hook import HookState, comm_hook
+
+    __all__ = ["Finished", "HookState", "RankFailure", "comm_hook"]

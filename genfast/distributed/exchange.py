@@ -1,0 +1,176 @@
+"""One bucket's way: packed, to all ranks in chunks, reduced, gathered, unpacked; many buckets at a time.
+
+On CPUs (Gloo) the calling thread packs and begins the all-to-all, and one thread of the exchange does the rest, bucket
+after bucket: it waits, reduces, gathers, unpacks. Callbacks of Gloo's futures run on Gloo's two threads, where a
+collective that waits for another can stop both for ever. The all-to-alls and the gathers have a process group each, so
+that the order in which each is begun is the same on all ranks. On GPUs (NCCL) all of it is queued on a side stream.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from genfast.distributed.buckets import Bucket
+from genfast.distributed.failures import Watch
+from genfast.ops.gradient_bucket import pack_gradients, reduce_chunks
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+class Pending:
+    """A bucket on its way. ``future`` ends with ``outcome``, what the last stage returned, or with ``error``."""
+
+    def __init__(self, finite: Tensor, devices: list[torch.device]):
+        self.finite = finite
+        self.outcome: Any = None
+        self.error: BaseException | None = None
+        self.result: Tensor | None = None  # what ``future`` gives
+        self._ended = torch.futures.Future(devices=devices)
+
+    @property
+    def future(self) -> torch.futures.Future:
+        """For DDP, which raises what it is told by a callback, but would take an exception for a value."""
+        return self._ended.then(self._value)
+
+    def _value(self, _) -> Tensor | None:
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+    def end(self, outcome=None, error: BaseException | None = None) -> None:
+        self.outcome, self.error = outcome, error
+        self._ended.set_result(None)
+
+    def wait(self):
+        """The outcome."""
+        self._ended.wait()
+        if self.error is not None:
+            raise self.error
+        return self.outcome
+
+
+class Exchange:
+    """The process groups, the thread or stream, and the watch over the ranks, of one reducer."""
+
+    def __init__(self, process_group, device: torch.device, label: str, timeout: float):
+        group = dist.group.WORLD if process_group is None else process_group
+        self.members = dist.get_process_group_ranks(group)
+        self.ranks, self.rank = len(self.members), dist.get_group_rank(group, dist.get_rank())
+        self.device = device
+        self.watch = Watch(group, label, timeout)
+        self.chunks = self.gathers = group
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._jobs: queue.SimpleQueue | None = None
+        self._timeout = timedelta(seconds=timeout)
+
+    def connect(self) -> None:
+        """Make the process groups: after the ranks have agreed that they want the same."""
+        if self.ranks == 1:
+            return
+        backend = BACKENDS.get(self.device.type)
+        local = self.ranks != dist.get_world_size()
+        make = lambda: dist.new_group(  # noqa: E731
+            self.members, timeout=self._timeout, backend=backend, use_local_synchronization=local
+        )
+        self.chunks = make()
+        if self._stream is not None:
+            self.gathers = self.chunks  # two communicators on one stream gain nothing
+            return
+        self.gathers = make()
+        self._jobs = queue.SimpleQueue()
+        threading.Thread(target=_work, args=(self._jobs,), name="genfast reduction", daemon=True).start()
+        weakref.finalize(self, self._jobs.put, None)
+
+    def begin(
+        self, bucket: Bucket, gradients: list[Tensor], scale: float | Tensor, last: Callable[[], Any], what: str,
+        average: bool, gather: bool = True,
+    ) -> Pending:  # fmt: skip
+        """Send a bucket on its way; ``last`` is called when its reduced chunks are in ``bucket.sent``.
+
+        Without ``gather`` only this rank's reduced chunk is made, in ``bucket.received[rank]``.
+        """
+        if self._stream is None:
+            return self._begin(bucket, gradients, scale, last, what, average, gather)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            return self._begin(bucket, gradients, scale, last, what, average, gather)
+
+    def _begin(self, bucket, gradients, scale, last, what, average, gather) -> Pending:
+        packed = pack_gradients(gradients, bucket.layout, scale=scale, residual=bucket.residual, out=bucket.sent)
+        pending = Pending(packed.finite, [] if self._stream is None else [self.device])
+        if self.ranks == 1:
+            pending.end(last())
+            return pending
+        try:
+            work = dist.all_to_all_single(
+                bucket.received.view(-1), bucket.sent.view(-1), group=self.chunks, async_op=True
+            )
+        except RuntimeError as error:
+            raise self.watch.failure(what, str(error)) from None
+        self.watch.begun[0] += 1
+
+        def rest():
+            self._wait(work, what)
+            own = bucket.received[self.rank]
+            factor = 1 / self.ranks if average else 1.0
+            reduce_chunks(bucket.received, bucket.layout, scale=factor, residual=bucket.chunk_residual, out=own)
+            if gather:
+                self._wait(self.all_gather(bucket.sent.view(-1), own), what)
+            return last()
+
+        if self._jobs is None:
+            pending.end(rest())
+        else:
+            self._jobs.put((contextvars.copy_context(), rest, pending))
+        return pending
+
+    def all_gather(self, to: Tensor, own: Tensor):
+        """Every rank's ``own``, one after the other."""
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return gather(to, own, group=self.gathers, async_op=True)
+
+    def _wait(self, work, what: str) -> None:
+        if self._stream is None:
+            self.watch.wait(work, what)
+        else:
+            work.wait()  # NCCL: orders the stream, and does not wait
+
+    def reduce_now(self, t: Tensor, op: dist.ReduceOp.RedOpType, what: str) -> Tensor:
+        """An all-reduce of something small, in place."""
+        if self.ranks > 1:
+            self._wait(dist.all_reduce(t, op=op, group=self.gathers, async_op=True), what)
+        return t
+
+    def gather_now(self, t: Tensor, what: str) -> Tensor:
+        """[ranks, ...]: every rank's ``t``."""
+        found = t.new_empty((self.ranks, *t.shape))
+        if self.ranks == 1:
+            found.copy_(t)
+        else:
+            self._wait(self.all_gather(found.view(-1), t.reshape(-1)), what)
+        return found
+
+
+def _work(jobs: queue.SimpleQueue) -> None:
+    """The thread: buckets in the order in which they were begun. After a failure those that follow fail at once."""
+    torch.get_num_threads()  # OpenMP's setting is a thread's own: this makes it the process's
+    failed = None
+    while (job := jobs.get()) is not None:
+        context, rest, pending = job
+        if failed is None:
+            try:
+                outcome = context.run(rest)
+            except Exception as error:
+                failed = error
+        pending.end(None if failed else outcome, failed)
+        del job, context, rest, pending  # so that the exchange can be collected while this waits
