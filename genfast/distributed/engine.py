@@ -16,7 +16,7 @@ from genfast.distributed.parameters import ParameterList
 from genfast.gradient_wire import WIRES
 from genfast.ops.gradient_bucket import unpack_gradients
 
-PIECE, LEAST_CHUNK = 2**20, 2**14
+PIECE, LEAST_CHUNK = 2**23, 2**14
 """Values that travel together, and of them to one rank."""
 _made: Counter = Counter()
 """How many engines each group of ranks has made: the name of the next one in the store."""
@@ -52,7 +52,10 @@ class Engine:
         self.exchange.connect()
         self.numels = [p.numel() for p in self.parameters.parameters]
         self._cuts: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        self.buckets = Buckets(self.numels, self.exchange.ranks, wire, self.parameters.device, self.error_feedback)
+        exchange = self.exchange
+        self.buckets = Buckets(
+            self.numels, exchange.ranks, exchange.rank, wire, exchange.device, self.error_feedback
+        )
         self.running: dict[tuple[int, ...], Pending] = {}
         self._scale: Tensor | None = None
 
@@ -93,7 +96,7 @@ class Engine:
             pack_scale, unpack_scale = self._scale.reciprocal(), self._scale
 
         def unpack():
-            return unpack_gradients(bucket.sent, bucket.layout, gradients, scale=unpack_scale)
+            return unpack_gradients(bucket.reduced, bucket.layout, gradients, scale=unpack_scale)
 
         what = f"the gradients from {self.parameters.names[indices[0]]} on"
         pending = self.exchange.begin(bucket, gradients, pack_scale, unpack, what, self.average)

@@ -1,7 +1,7 @@
 """One bucket's way: packed, to all ranks in chunks, reduced, gathered, unpacked; many buckets at a time.
 
-On CPUs (Gloo) the calling thread packs and begins to send, and one thread of the exchange does the rest, bucket after
-bucket: it waits, reduces, sends, unpacks. Chunks are sent from rank to rank: Gloo's own all-gather copies everything
+On CPUs (Gloo) the calling thread packs, and one thread of the exchange does the rest, bucket after bucket: it sends,
+waits, reduces, sends, waits, unpacks. Chunks are sent from rank to rank: Gloo's own all-gather copies everything
 once more, and its futures' callbacks run on two threads, where one collective that waits for another can stop both for
 ever. On GPUs (NCCL) the same is queued on a side stream, as an all-to-all and an all-gather.
 """
@@ -90,9 +90,9 @@ class Exchange:
         self, bucket: Bucket, gradients: list[Tensor], scale: float | Tensor, last: Callable[[], Any], what: str,
         average: bool, gather: bool = True,
     ) -> Pending:  # fmt: skip
-        """Send a bucket on its way; ``last`` is called when all reduced chunks are in ``bucket.sent``.
+        """Send a bucket on its way; ``last`` is called when ``bucket.reduced`` is there.
 
-        Without ``gather`` there is only this rank's, in ``bucket.received[rank]``.
+        Without ``gather`` there is only what this rank has summed, ``bucket.sum``.
         """
         if self._stream is None:
             return self._begin(bucket, gradients, scale, last, what, average, gather)
@@ -103,20 +103,20 @@ class Exchange:
     def _begin(self, bucket, gradients, scale, last, what, average, gather) -> Pending:
         packed = pack_gradients(gradients, bucket.layout, scale=scale, residual=bucket.residual, out=bucket.sent)
         pending = Pending(packed.finite, [] if self._stream is None else [self.device])
-        if self.ranks == 1:
-            if not gather:
-                bucket.received.copy_(bucket.sent)
-            pending.end(last())
-            return pending
-        works = self._send_chunks(bucket, what)
+        self.watch.begun[0] += 1
 
         def rest():
-            self._wait(works, what)
-            own = bucket.received[self.rank]
+            if self.ranks == 1:
+                bucket.sum.copy_(bucket.sent[0])
+                return last()
+            if bucket.direct:
+                self._all_to_all(bucket.received, [bucket.sent[0]] * 2, what)
+            else:
+                self._all_to_all(bucket.received, bucket.sent, what)
             factor = 1 / self.ranks if average else 1.0
-            reduce_chunks(bucket.received, bucket.layout, scale=factor, residual=bucket.chunk_residual, out=own)
-            if gather:
-                self._wait(self._send_to_all(bucket.sent, own, what), what)
+            reduce_chunks(bucket.received, bucket.sum_layout, scale=factor, residual=bucket.sum_residual, out=bucket.sum)
+            if gather and not bucket.direct:
+                self._all_to_all(bucket.sent, [bucket.sum] * self.ranks, what)
             return last()
 
         if self._jobs is None:
@@ -125,52 +125,33 @@ class Exchange:
             self._jobs.put((contextvars.copy_context(), rest, pending))
         return pending
 
-    def _send_chunks(self, bucket: Bucket, what: str) -> list:
-        """Begin to send chunk r to rank r."""
-        try:
-            if self._stream is None:
-                works = self._send(bucket.received, bucket.sent, tag=0)
-                bucket.received[self.rank].copy_(bucket.sent[self.rank])
+    def _all_to_all(self, to: Tensor, rows, what: str) -> None:
+        """Row r goes to rank r, and what rank r sends into row r; an equal ``rows[r]`` for all is an all-gather."""
+        if self._stream is not None:
+            if isinstance(rows, Tensor):
+                work = dist.all_to_all_single(to.view(-1), rows.view(-1), group=self.group, async_op=True)
             else:
-                to, sent = bucket.received.view(-1), bucket.sent.view(-1)
-                works = [dist.all_to_all_single(to, sent, group=self.group, async_op=True)]
-        except RuntimeError as error:
-            raise self.watch.failure(what, str(error)) from None
-        self.watch.begun[0] += 1
-        return works
-
-    def _send_to_all(self, to: Tensor, own: Tensor, what: str) -> list:
-        """Begin to gather every rank's ``own`` in the rows of ``to``."""
+                gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+                work = gather(to.view(-1), rows[0].reshape(-1), group=self.group, async_op=True)
+            work.wait()  # orders the stream, and does not wait
+            return
+        # Messages arrive in the order of their sending, which is the same on all ranks.
         try:
-            if self._stream is None:
-                works = self._send(to, [own] * self.ranks, tag=1)
-                to[self.rank].copy_(own)
-                return works
-            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            return [gather(to.view(-1), own.reshape(-1), group=self.group, async_op=True)]
+            works = [dist.irecv(to[r], group=self.group, group_src=r) for r in reversed(self._others)]
+            works += [dist.isend(rows[r], group=self.group, group_dst=r) for r in self._others]
         except RuntimeError as error:
             raise self.watch.failure(what, str(error)) from None
-
-    def _send(self, to, rows, tag: int) -> list:
-        """Row r to rank r, and what rank r sends into row r. Messages of one tag arrive in the order of their sending,
-        which is the same on all ranks."""
-        receiving = [dist.irecv(to[r], group=self.group, group_src=r, tag=tag) for r in reversed(self._others)]
-        return receiving + [dist.isend(rows[r], group=self.group, group_dst=r, tag=tag) for r in self._others]
-
-    def _wait(self, works: list, what: str) -> None:
+        if to[self.rank].data_ptr() != rows[self.rank].data_ptr():
+            to[self.rank].copy_(rows[self.rank])
         for work in works:
-            if self._stream is None:
-                self.watch.wait(work, what)
-            else:
-                work.wait()  # NCCL: orders the stream, and does not wait
+            self.watch.wait(work, what)
 
     def gather(self, t: Tensor, what: str) -> Tensor:
-        """[ranks, ...]: every rank's ``t``."""
+        """[ranks, ...]: every rank's ``t``. After :meth:`begin` only when all that was begun has ended."""
         found = t.new_empty((self.ranks, *t.shape))
         if self.ranks == 1:
-            found.copy_(t)
-        else:
-            self._wait(self._send_to_all(found, t, what), what)
+            return found.copy_(t)
+        self._all_to_all(found, [t.contiguous()] * self.ranks, what)
         return found
 
 
