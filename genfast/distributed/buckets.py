@@ -11,17 +11,31 @@ from genfast.gradient_wire import BucketLayout
 class Bucket:
     """Some parameters' place on the wire.
 
-    ``sent`` is what this rank packs, and in the end everybody's reduced chunks; ``received`` is its own chunk of every
-    rank. ``residual`` and ``chunk_residual`` are what the two roundings left out, or None without error feedback.
+    Usually ``sent`` is what this rank packs, chunk r for rank r, and ``received`` its own chunk of every rank; in the
+    end ``sent`` holds everybody's reduced chunks. Two ranks that both need the sum send each other all they have: no
+    more bytes, and half the waiting. Then ``sent`` is this rank's row of ``received``, and the sum goes to ``reduced``.
+    ``residual`` and ``sum_residual`` are what the two roundings left out, or None without error feedback.
     """
 
-    def __init__(self, layout: BucketLayout, device: torch.device, error_feedback: bool):
-        self.layout = layout
-        self.sent, self.received = (torch.empty(layout.shape, dtype=torch.uint8, device=device) for _ in range(2))
-        self.residual = self.chunk_residual = None
+    def __init__(
+        self, numels: list[int], ranks: int, rank: int, wire: str, device: torch.device, error_feedback: bool, direct: bool
+    ):  # fmt: skip
+        def made(shape):
+            return torch.empty(shape, dtype=torch.uint8, device=device)
+
+        self.direct = direct and ranks == 2
+        self.layout = self.sum_layout = BucketLayout(numels, 1 if self.direct else ranks, wire)
+        if self.direct:
+            self.sum_layout = BucketLayout([2 * self.layout.chunk], 2, wire)
+            self.received, self.reduced = made((2, self.layout.chunk_bytes)), made(self.layout.shape)
+            self.sent, self.sum = self.received[rank : rank + 1], self.reduced[0]
+        else:
+            self.received, self.sent = made(self.layout.shape), made(self.layout.shape)
+            self.reduced, self.sum = self.sent, self.received[rank]
+        self.residual = self.sum_residual = None
         if error_feedback:
-            self.residual = torch.zeros(layout.numel, device=device)
-            self.chunk_residual = torch.zeros(layout.chunk, device=device) if layout.ranks > 1 else None
+            self.residual = torch.zeros(self.layout.numel, device=device)
+            self.sum_residual = torch.zeros(self.layout.chunk, device=device) if ranks > 1 else None
 
     def parts(self) -> list[Tensor]:
         """The residual of each tensor."""
@@ -36,9 +50,12 @@ class Buckets:
     dropped, once.
     """
 
-    def __init__(self, numels: list[int], ranks: int, wire: str, device: torch.device, error_feedback: bool):
-        self.numels, self.ranks, self.wire = numels, ranks, wire
-        self.device, self.error_feedback = device, error_feedback
+    def __init__(
+        self, numels: list[int], ranks: int, rank: int, wire: str, device: torch.device, error_feedback: bool,
+        direct: bool = True,
+    ):  # fmt: skip
+        self.numels, self.error_feedback = numels, error_feedback
+        self._options = ranks, rank, wire, device, error_feedback, direct
         self._found: dict[tuple[int, ...], Bucket] = {}
         self._kept: dict[int, Tensor] = {}  # residuals, also of parameters whose new bucket has not come yet
 
@@ -48,8 +65,7 @@ class Buckets:
         return found if found is not None else self._made(indices)
 
     def _made(self, indices: tuple[int, ...]) -> Bucket:
-        layout = BucketLayout([self.numels[k] for k in indices], self.ranks, self.wire)
-        bucket = Bucket(layout, self.device, self.error_feedback)
+        bucket = Bucket([self.numels[k] for k in indices], *self._options)
         if self.error_feedback:
             kept = self.residuals()
             for k, part in zip(indices, bucket.parts()):

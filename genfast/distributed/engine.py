@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from genfast.distributed.parameters import ParameterList
 from genfast.gradient_wire import WIRES
 from genfast.ops.gradient_bucket import unpack_gradients
 
+PIECE, LEAST_CHUNK = 2**23, 2**14
+"""Values that travel together, and of them to one rank."""
 _made: Counter = Counter()
 """How many engines each group of ranks has made: the name of the next one in the store."""
 
@@ -48,8 +50,12 @@ class Engine:
             watch.close()
             raise
         self.exchange.connect()
-        numels = [p.numel() for p in self.parameters.parameters]
-        self.buckets = Buckets(numels, self.exchange.ranks, wire, self.parameters.device, self.error_feedback)
+        self.numels = [p.numel() for p in self.parameters.parameters]
+        self._cuts: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        exchange = self.exchange
+        self.buckets = Buckets(
+            self.numels, exchange.ranks, exchange.rank, wire, exchange.device, self.error_feedback
+        )
         self.running: dict[tuple[int, ...], Pending] = {}
         self._scale: Tensor | None = None
 
@@ -60,8 +66,29 @@ class Engine:
         if self._scaler is not None and self._scaler.is_enabled():
             self._scale = self._scaler.scale(torch.ones((), device=self.parameters.device))
 
-    def reduce(self, indices: tuple[int, ...], gradients: list[Tensor], last: Callable | None = None) -> Pending:
-        """Begin to reduce the gradients of parameters ``indices``, which the result overwrites."""
+    def reduce(self, indices: tuple[int, ...], gradients: list[Tensor]) -> Pending:
+        """Begin to reduce the gradients of parameters ``indices``, which the result overwrites.
+
+        They travel in pieces, so that one is reduced while the next is on the wire. What is returned ends last.
+        """
+        pending = None
+        for first, end in self._pieces(indices):
+            pending = self._reduce(indices[first:end], gradients[first:end])
+        return pending
+
+    def _pieces(self, indices: tuple[int, ...]) -> list[tuple[int, int]]:
+        if indices not in self._cuts:
+            most = max(PIECE, self.exchange.ranks * LEAST_CHUNK)
+            ends, values = [0], 0
+            for k, index in enumerate(indices):
+                values += self.numels[index]
+                if values >= most or k + 1 == len(indices):
+                    ends.append(k + 1)
+                    values = 0
+            self._cuts[indices] = list(zip(ends, ends[1:]))
+        return self._cuts[indices]
+
+    def _reduce(self, indices: tuple[int, ...], gradients: list[Tensor]) -> Pending:
         bucket = self.buckets.get(indices)
         pack_scale = unpack_scale = 1.0
         if self._scale is not None and self.error_feedback:
@@ -69,10 +96,10 @@ class Engine:
             pack_scale, unpack_scale = self._scale.reciprocal(), self._scale
 
         def unpack():
-            return unpack_gradients(bucket.sent, bucket.layout, gradients, scale=unpack_scale)
+            return unpack_gradients(bucket.reduced, bucket.layout, gradients, scale=unpack_scale)
 
-        what = f"the bucket of {self.parameters.names[indices[0]]}"
-        pending = self.exchange.begin(bucket, gradients, pack_scale, last or unpack, what, self.average)
+        what = f"the gradients from {self.parameters.names[indices[0]]} on"
+        pending = self.exchange.begin(bucket, gradients, pack_scale, unpack, what, self.average)
         self.running[indices] = pending
         return pending
 
@@ -99,7 +126,7 @@ class Engine:
 
     def _bad(self, order: list[int], sent: Tensor, reduced: Tensor) -> dict[str, list[int]]:
         """Before the sum it is known exactly; a quantised wire spoils neighbours too, and a sum can overflow."""
-        everywhere = self.exchange.gather_now(sent.to(torch.uint8), "the names of bad parameters").T.tolist()
+        everywhere = self.exchange.gather(sent.to(torch.uint8), "the names of bad parameters").T.tolist()
         found = {
             self.parameters.names[k]: [self.exchange.members[r] for r, good in enumerate(column) if not good]
             for k, column in zip(order, everywhere)

@@ -1,9 +1,9 @@
 """One bucket's way: packed, to all ranks in chunks, reduced, gathered, unpacked; many buckets at a time.
 
-On CPUs (Gloo) the calling thread packs and begins the all-to-all, and one thread of the exchange does the rest, bucket
-after bucket: it waits, reduces, gathers, unpacks. Callbacks of Gloo's futures run on Gloo's two threads, where a
-collective that waits for another can stop both for ever. The all-to-alls and the gathers have a process group each, so
-that the order in which each is begun is the same on all ranks. On GPUs (NCCL) all of it is queued on a side stream.
+On CPUs (Gloo) the calling thread packs, and one thread of the exchange does the rest, bucket after bucket: it sends,
+waits, reduces, sends, waits, unpacks. Chunks are sent from rank to rank: Gloo's own all-gather copies everything
+once more, and its futures' callbacks run on two threads, where one collective that waits for another can stop both for
+ever. On GPUs (NCCL) the same is queued on a side stream, as an all-to-all and an all-gather.
 """
 
 from __future__ import annotations
@@ -60,44 +60,39 @@ class Pending:
 
 
 class Exchange:
-    """The process groups, the thread or stream, and the watch over the ranks, of one reducer."""
+    """The process group, the thread or stream, and the watch over the ranks, of one reducer."""
 
     def __init__(self, process_group, device: torch.device, label: str, timeout: float):
-        group = dist.group.WORLD if process_group is None else process_group
-        self.members = dist.get_process_group_ranks(group)
-        self.ranks, self.rank = len(self.members), dist.get_group_rank(group, dist.get_rank())
+        self.group = dist.group.WORLD if process_group is None else process_group
+        self.members = dist.get_process_group_ranks(self.group)
+        self.ranks, self.rank = len(self.members), dist.get_group_rank(self.group, dist.get_rank())
         self.device = device
-        self.watch = Watch(group, label, timeout)
-        self.chunks = self.gathers = group
+        self.watch = Watch(self.group, label, timeout)
+        self._others = [(self.rank + k) % self.ranks for k in range(1, self.ranks)]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._jobs: queue.SimpleQueue | None = None
         self._timeout = timedelta(seconds=timeout)
 
     def connect(self) -> None:
-        """Make the process groups: after the ranks have agreed that they want the same."""
+        """Make a process group of its own: after the ranks have agreed that they want the same."""
         if self.ranks == 1:
             return
-        backend = BACKENDS.get(self.device.type)
-        local = self.ranks != dist.get_world_size()
-        make = lambda: dist.new_group(  # noqa: E731
-            self.members, timeout=self._timeout, backend=backend, use_local_synchronization=local
-        )
-        self.chunks = make()
-        if self._stream is not None:
-            self.gathers = self.chunks  # two communicators on one stream gain nothing
-            return
-        self.gathers = make()
-        self._jobs = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(self._jobs,), name="genfast reduction", daemon=True).start()
-        weakref.finalize(self, self._jobs.put, None)
+        self.group = dist.new_group(
+            self.members, timeout=self._timeout, backend=BACKENDS.get(self.device.type),
+            use_local_synchronization=self.ranks != dist.get_world_size(),
+        )  # fmt: skip
+        if self._stream is None:
+            self._jobs = queue.SimpleQueue()
+            threading.Thread(target=_work, args=(self._jobs,), name="genfast reduction", daemon=True).start()
+            weakref.finalize(self, self._jobs.put, None)
 
     def begin(
         self, bucket: Bucket, gradients: list[Tensor], scale: float | Tensor, last: Callable[[], Any], what: str,
         average: bool, gather: bool = True,
     ) -> Pending:  # fmt: skip
-        """Send a bucket on its way; ``last`` is called when its reduced chunks are in ``bucket.sent``.
+        """Send a bucket on its way; ``last`` is called when ``bucket.reduced`` is there.
 
-        Without ``gather`` only this rank's reduced chunk is made, in ``bucket.received[rank]``.
+        Without ``gather`` there is only what this rank has summed, ``bucket.sum``.
         """
         if self._stream is None:
             return self._begin(bucket, gradients, scale, last, what, average, gather)
@@ -108,24 +103,20 @@ class Exchange:
     def _begin(self, bucket, gradients, scale, last, what, average, gather) -> Pending:
         packed = pack_gradients(gradients, bucket.layout, scale=scale, residual=bucket.residual, out=bucket.sent)
         pending = Pending(packed.finite, [] if self._stream is None else [self.device])
-        if self.ranks == 1:
-            pending.end(last())
-            return pending
-        try:
-            work = dist.all_to_all_single(
-                bucket.received.view(-1), bucket.sent.view(-1), group=self.chunks, async_op=True
-            )
-        except RuntimeError as error:
-            raise self.watch.failure(what, str(error)) from None
         self.watch.begun[0] += 1
 
         def rest():
-            self._wait(work, what)
-            own = bucket.received[self.rank]
+            if self.ranks == 1:
+                bucket.sum.copy_(bucket.sent[0])
+                return last()
+            if bucket.direct:
+                self._all_to_all(bucket.received, [bucket.sent[0]] * 2, what)
+            else:
+                self._all_to_all(bucket.received, bucket.sent, what)
             factor = 1 / self.ranks if average else 1.0
-            reduce_chunks(bucket.received, bucket.layout, scale=factor, residual=bucket.chunk_residual, out=own)
-            if gather:
-                self._wait(self.all_gather(bucket.sent.view(-1), own), what)
+            reduce_chunks(bucket.received, bucket.sum_layout, scale=factor, residual=bucket.sum_residual, out=bucket.sum)
+            if gather and not bucket.direct:
+                self._all_to_all(bucket.sent, [bucket.sum] * self.ranks, what)
             return last()
 
         if self._jobs is None:
@@ -134,30 +125,33 @@ class Exchange:
             self._jobs.put((contextvars.copy_context(), rest, pending))
         return pending
 
-    def all_gather(self, to: Tensor, own: Tensor):
-        """Every rank's ``own``, one after the other."""
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return gather(to, own, group=self.gathers, async_op=True)
-
-    def _wait(self, work, what: str) -> None:
-        if self._stream is None:
+    def _all_to_all(self, to: Tensor, rows, what: str) -> None:
+        """Row r goes to rank r, and what rank r sends into row r; an equal ``rows[r]`` for all is an all-gather."""
+        if self._stream is not None:
+            if isinstance(rows, Tensor):
+                work = dist.all_to_all_single(to.view(-1), rows.view(-1), group=self.group, async_op=True)
+            else:
+                gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+                work = gather(to.view(-1), rows[0].reshape(-1), group=self.group, async_op=True)
+            work.wait()  # orders the stream, and does not wait
+            return
+        # Messages arrive in the order of their sending, which is the same on all ranks.
+        try:
+            works = [dist.irecv(to[r], group=self.group, group_src=r) for r in reversed(self._others)]
+            works += [dist.isend(rows[r], group=self.group, group_dst=r) for r in self._others]
+        except RuntimeError as error:
+            raise self.watch.failure(what, str(error)) from None
+        if to[self.rank].data_ptr() != rows[self.rank].data_ptr():
+            to[self.rank].copy_(rows[self.rank])
+        for work in works:
             self.watch.wait(work, what)
-        else:
-            work.wait()  # NCCL: orders the stream, and does not wait
 
-    def reduce_now(self, t: Tensor, op: dist.ReduceOp.RedOpType, what: str) -> Tensor:
-        """An all-reduce of something small, in place."""
-        if self.ranks > 1:
-            self._wait(dist.all_reduce(t, op=op, group=self.gathers, async_op=True), what)
-        return t
-
-    def gather_now(self, t: Tensor, what: str) -> Tensor:
-        """[ranks, ...]: every rank's ``t``."""
+    def gather(self, t: Tensor, what: str) -> Tensor:
+        """[ranks, ...]: every rank's ``t``. After :meth:`begin` only when all that was begun has ended."""
         found = t.new_empty((self.ranks, *t.shape))
         if self.ranks == 1:
-            found.copy_(t)
-        else:
-            self._wait(self.all_gather(found.view(-1), t.reshape(-1)), what)
+            return found.copy_(t)
+        self._all_to_all(found, [t.contiguous()] * self.ranks, what)
         return found
 
 

@@ -29,9 +29,9 @@ class RankFailure(RuntimeError):
 class Watch:
     """The signs of life of a group of ranks, and the waiting that looks at them.
 
-    A thread writes, 20 times in ``timeout``, how often it has done so and how many collectives this rank has begun.
-    When a collective fails, or has not ended in four fifths of ``timeout``, the waiting rank reads everybody's twice:
-    ranks that stand still are dead or stopped, ranks that have begun less are busy elsewhere.
+    A thread writes, 20 times in ``timeout``, how often it has done so and how many buckets this rank has sent.
+    When a message fails, or has not come in two thirds of ``timeout``, the waiting rank reads everybody's twice: ranks
+    that stand still are dead or stopped, ranks that have begun less are busy elsewhere. The first verdict is everyone's.
     """
 
     def __init__(self, group, label: str, timeout: float):
@@ -43,6 +43,7 @@ class Watch:
         self.store = dist.PrefixStore(f"genfast/{label}", store)
         self.store.set_timeout(timedelta(seconds=timeout))
         self.timeout = timeout
+        self._patience = timedelta(seconds=timeout * 2 / 3)
         self.beat = max(timeout / BEATS, 0.02)
         self.begun = [0]
         self.store.set(f"life/{self.rank}", "0 0")
@@ -55,22 +56,11 @@ class Watch:
         atexit.register(self.close)  # before the interpreter takes from the thread what it stands on
 
     def wait(self, work, what: str) -> None:
-        """Until a collective has ended; RankFailure if that is not to be expected any more."""
-        deadline = time.monotonic() + 0.8 * self.timeout
-        while True:
-            try:
-                work.wait(timedelta(seconds=self.beat))
-                return
-            except RuntimeError as error:
-                if not work.is_completed():
-                    if time.monotonic() < deadline and not self._known():
-                        continue
-                    raise self.failure(what, f"nothing came in {0.8 * self.timeout:g} s") from None
-                try:
-                    work.wait()
-                    return  # it ended just after the time was over
-                except RuntimeError:
-                    raise self.failure(what, str(error)) from None
+        """Until a message has come or gone; RankFailure if that is not to be expected any more."""
+        try:
+            work.wait(self._patience)
+        except RuntimeError as error:
+            raise self.failure(what, str(error)) from None
 
     def declare(self, error: BaseException) -> None:
         """Tell the ranks that wait for this one that it gave up, and why."""
@@ -84,24 +74,19 @@ class Watch:
         """The ranks that ``what`` waits for, as an error to raise."""
         begun = self.begun[0]
         try:
-            if not self._known():
+            if not self.store.check(["failure"]):
                 before = self._signs()
-                time.sleep(3 * self.beat)
-                ranks, message = self._verdict(before, self._signs(), begun, what)
-                if not ranks:
-                    return RankFailure(f"{what} failed, though all ranks live: {error}")
-                self.store.compare_set("failure", "", json.dumps([ranks, message]))
+                time.sleep(2.5 * self.beat)
+                if not self.store.check(["failure"]):
+                    ranks, message = self._verdict(before, self._signs(), begun, what)
+                    if not ranks:
+                        return RankFailure(f"{what} failed, though all ranks live: {error}")
+                    self.store.compare_set("failure", "", json.dumps([ranks, message]))
             ranks, message = json.loads(self.store.get("failure"))
             self._leave_together(len(ranks))
         except RuntimeError as lost:
             return RankFailure(f"{what} failed, and rank 0, which holds the store, is gone: {lost}", (0,))
         return RankFailure(f"{message} ({error})", tuple(ranks))
-
-    def _known(self) -> bool:
-        try:
-            return self.store.check(["failure"])
-        except RuntimeError:
-            return True  # the store is gone: `failure` says so
 
     def _signs(self) -> list[list[int]]:
         return [[int(x) for x in sign.split()] for sign in self.store.multi_get([f"life/{r}" for r in self.members])]
@@ -114,10 +99,11 @@ class Watch:
         return late, f"{_ranks(late)} did not come to {what} in {self.timeout:g} s, though alive"
 
     def _leave_together(self, failed: int) -> None:
-        """The rank that holds the store stays until all the others have read in it, or had the time to."""
+        """Stay, alive, until all the others know or had the time to: one of them holds the store, and who leaves early
+        looks dead."""
         seen = self.store.add("seen", 1)
-        deadline = time.monotonic() + 4 * self.beat
-        while self.rank == 0 and seen < len(self.members) - failed and time.monotonic() < deadline:
+        deadline = time.monotonic() + 3 * self.beat
+        while seen < len(self.members) - failed and time.monotonic() < deadline:
             time.sleep(self.beat / 4)
             seen = self.store.add("seen", 0)
 
