@@ -32,8 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.namespaces", description=__doc__.split("``: ")[1])
     parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rate", default="1gbit", help="of each link and direction (default 1gbit)")
-    parser.add_argument("--wires", nargs="+", choices=(*WIRES, TORCH_HOOK), default=list(BARS), metavar="WIRE",
-                        help=f"of {', '.join(WIRES)}, {TORCH_HOOK} (PyTorch's hook); default {' '.join(BARS)}")  # fmt: skip
+    parser.add_argument(
+        "--wires", nargs="+", choices=(*WIRES, TORCH_HOOK), default=list(BARS), metavar="WIRE",
+        help=f"of {', '.join(WIRES)}, {TORCH_HOOK} (PyTorch's hook); default {' '.join(BARS)}",
+    )  # fmt: skip
     parser.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb under our hook (default: DDP's)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
@@ -88,8 +90,8 @@ def show(measured: dict, quick: bool) -> bool:
     """Print a table; whether bars and bits are as they must be."""
     hosts, parameters = measured["hosts"], measured["parameters"]
     print(
-        f"\n{hosts} hosts, {parameters:,} parameters; backward alone {1e3 * measured['backward_s']:.0f} ms, an exchange "
-        f"of nothing {1e3 * measured['latency_s']:.2f} ms"
+        f"\n{hosts} hosts, {parameters:,} parameters; backward alone {1e3 * measured['backward_s']:.0f} ms, an "
+        f"exchange of nothing {1e3 * measured['latency_s']:.2f} ms"
     )
     row = "{:<11} {:>9} {:>7} {:>8} {:>11} {:>10} {:>14} {:>8} {:>9}   {}"
     print(

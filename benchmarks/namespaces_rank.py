@@ -193,22 +193,21 @@ def latency() -> float:
 
 def work(buckets: list[int], ranks: int, wire: str) -> dict:
     """Seconds of the kernels over all buckets, on all hosts at a time."""
-    found = dict.fromkeys(("pack_s", "reduce_s", "unpack_s"), 0.0)
-    for numel in buckets:
-        layout = BucketLayout([numel], ranks, wire)
-        gradients = [torch.randn(numel)]
-        residual, own_residual = (
-            (torch.zeros(layout.numel), torch.zeros(layout.chunk)) if layout.quantised else (None, None)
-        )
-        sent = genfast.pack_gradients(gradients, layout, residual=residual).wire
-        received = sent.clone()
-        dist.barrier()
-        found["pack_s"] += timed(lambda: genfast.pack_gradients(gradients, layout, residual=residual, out=sent), 3)
-        found["reduce_s"] += timed(
-            lambda: genfast.reduce_chunks(received, layout, scale=1 / ranks, residual=own_residual, out=sent[0]), 3
-        )
-        found["unpack_s"] += timed(lambda: genfast.unpack_gradients(sent, layout, gradients), 3)
-    return {name: worst(seconds) for name, seconds in found.items()}
+    each = [bucket_work(BucketLayout([numel], ranks, wire)) for numel in buckets]
+    return {name: worst(sum(w[k] for w in each)) for k, name in enumerate(("pack_s", "reduce_s", "unpack_s"))}
+
+
+def bucket_work(layout: BucketLayout) -> tuple[float, float, float]:
+    gradients = [torch.randn(layout.numel)]
+    feedback, sum_feedback = (torch.zeros(n) if layout.quantised else None for n in (layout.numel, layout.chunk))
+    sent = genfast.pack_gradients(gradients, layout, residual=feedback).wire
+    received = sent.clone()
+    dist.barrier()
+    return (
+        timed(lambda: genfast.pack_gradients(gradients, layout, residual=feedback, out=sent), 3),
+        timed(lambda: genfast.reduce_chunks(received, layout, scale=0.5, residual=sum_feedback, out=sent[0]), 3),
+        timed(lambda: genfast.unpack_gradients(sent, layout, gradients), 3),
+    )
 
 
 def timed(function, times: int) -> float:

@@ -1,9 +1,10 @@
 """One bucket's way: packed, to all ranks in chunks, reduced, gathered, unpacked; many buckets at a time.
 
-On CPUs (Gloo) the calling thread packs, and one thread of the exchange does the rest, bucket after bucket: it sends,
-waits, reduces, sends, waits, unpacks. Chunks are sent from rank to rank: Gloo's own all-gather copies everything
-once more, and its futures' callbacks run on two threads, where one collective that waits for another can stop both for
-ever. On GPUs (NCCL) the same is queued on a side stream, as an all-to-all and an all-gather.
+On CPUs (Gloo) the calling thread packs and sends, so that the network is never idle while there is something packed,
+and one thread of the exchange does the rest, bucket after bucket: it waits, reduces, sends, waits, unpacks. Chunks are
+sent from rank to rank: Gloo's own all-gather copies everything once more, and its futures' callbacks run on two
+threads, where one collective that waits for another can stop both for ever. On GPUs (NCCL) the same is queued on a side
+stream, as an all-to-all and an all-gather.
 """
 
 from __future__ import annotations
@@ -105,18 +106,27 @@ class Exchange:
         pending = Pending(packed.finite, [] if self._stream is None else [self.device])
         self.watch.begun[0] += 1
 
+        lost, works = None, []
+        if self.ranks > 1:
+            rows = [bucket.sent[0]] * 2 if bucket.direct else bucket.sent
+            try:
+                works = self._all_to_all(bucket.received, rows, tag=0)
+            except RuntimeError as error:
+                lost = error  # told by the thread, which takes its time to find out who is to blame
+
         def rest():
             if self.ranks == 1:
                 bucket.sum.copy_(bucket.sent[0])
                 return last()
-            if bucket.direct:
-                self._all_to_all(bucket.received, [bucket.sent[0]] * 2, what)
-            else:
-                self._all_to_all(bucket.received, bucket.sent, what)
+            if lost is not None:
+                raise self.watch.failure(what, str(lost))
+            self._wait(works, what)
             factor = 1 / self.ranks if average else 1.0
-            reduce_chunks(bucket.received, bucket.sum_layout, scale=factor, residual=bucket.sum_residual, out=bucket.sum)
+            reduce_chunks(
+                bucket.received, bucket.sum_layout, scale=factor, residual=bucket.sum_residual, out=bucket.sum
+            )
             if gather and not bucket.direct:
-                self._all_to_all(bucket.sent, [bucket.sum] * self.ranks, what)
+                self._exchange(bucket.sent, [bucket.sum] * self.ranks, what)
             return last()
 
         if self._jobs is None:
@@ -125,33 +135,42 @@ class Exchange:
             self._jobs.put((contextvars.copy_context(), rest, pending))
         return pending
 
-    def _all_to_all(self, to: Tensor, rows, what: str) -> None:
-        """Row r goes to rank r, and what rank r sends into row r; an equal ``rows[r]`` for all is an all-gather."""
+    def _all_to_all(self, to: Tensor, rows, tag: int) -> list:
+        """Row r goes to rank r, and what rank r sends into row r; an equal ``rows[r]`` for all is an all-gather.
+
+        Messages with the same ``tag`` arrive in the order of their sending, which is the same on all ranks.
+        """
         if self._stream is not None:
             if isinstance(rows, Tensor):
-                work = dist.all_to_all_single(to.view(-1), rows.view(-1), group=self.group, async_op=True)
-            else:
-                gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-                work = gather(to.view(-1), rows[0].reshape(-1), group=self.group, async_op=True)
-            work.wait()  # orders the stream, and does not wait
-            return
-        # Messages arrive in the order of their sending, which is the same on all ranks.
-        try:
-            works = [dist.irecv(to[r], group=self.group, group_src=r) for r in reversed(self._others)]
-            works += [dist.isend(rows[r], group=self.group, group_dst=r) for r in self._others]
-        except RuntimeError as error:
-            raise self.watch.failure(what, str(error)) from None
+                return [dist.all_to_all_single(to.view(-1), rows.view(-1), group=self.group, async_op=True)]
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            return [gather(to.view(-1), rows[0].reshape(-1), group=self.group, async_op=True)]
+        works = [dist.irecv(to[r], group=self.group, group_src=r, tag=tag) for r in reversed(self._others)]
+        works += [dist.isend(rows[r], group=self.group, group_dst=r, tag=tag) for r in self._others]
         if to[self.rank].data_ptr() != rows[self.rank].data_ptr():
             to[self.rank].copy_(rows[self.rank])
+        return works
+
+    def _wait(self, works: list, what: str) -> None:
         for work in works:
-            self.watch.wait(work, what)
+            if self._stream is None:
+                self.watch.wait(work, what)
+            else:
+                work.wait()  # orders the stream, and does not wait
+
+    def _exchange(self, to: Tensor, rows, what: str) -> None:
+        try:
+            works = self._all_to_all(to, rows, tag=1)
+        except RuntimeError as error:
+            raise self.watch.failure(what, str(error)) from None
+        self._wait(works, what)
 
     def gather(self, t: Tensor, what: str) -> Tensor:
         """[ranks, ...]: every rank's ``t``. After :meth:`begin` only when all that was begun has ended."""
         found = t.new_empty((self.ranks, *t.shape))
         if self.ranks == 1:
             return found.copy_(t)
-        self._all_to_all(found, [t.contiguous()] * self.ranks, what)
+        self._exchange(found, [t.contiguous()] * self.ranks, what)
         return found
 
 
