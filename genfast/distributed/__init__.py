@@ -9,5 +9,6 @@ if torch.distributed.is_available():
     from genfast.distributed.failures import RankFailure
     from genfast.distributed.finished import Finished
     from genfast.distributed.hook import HookState, comm_hook
+    from genfast.distributed.reducer import GradientReducer
 
-    __all__ = ["Finished", "HookState", "RankFailure", "comm_hook"]
+    __all__ = ["Finished", "GradientReducer", "HookState", "RankFailure", "comm_hook"]

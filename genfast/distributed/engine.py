@@ -134,6 +134,11 @@ class Engine:
         }
         return found or {self.parameters.names[k]: [] for k, good in zip(order, reduced.tolist()) if not good}
 
+    def give_up(self, error: BaseException) -> None:
+        """Before an error is raised that the other ranks know nothing of: they are told, and stop waiting."""
+        self.exchange.watch.declare(error)
+        self.exchange.leave()
+
     def close(self) -> None:
         """End the signs of life."""
         self.exchange.watch.close()

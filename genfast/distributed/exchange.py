@@ -84,7 +84,8 @@ class Exchange:
         )  # fmt: skip
         if self._stream is None:
             self._jobs = queue.SimpleQueue()
-            threading.Thread(target=_work, args=(self._jobs,), name="genfast reduction", daemon=True).start()
+            self._worker = threading.Thread(target=_work, args=(self._jobs,), name="genfast reduction", daemon=True)
+            self._worker.start()
             weakref.finalize(self, self._jobs.put, None)
 
     def begin(
@@ -164,6 +165,13 @@ class Exchange:
         except RuntimeError as error:
             raise self.watch.failure(what, str(error)) from None
         self._wait(works, what)
+
+    def leave(self) -> None:
+        """Once what was begun has ended, close the connections: who waits for this rank then sees that it is gone."""
+        if self._jobs is not None:
+            self._jobs.put(None)
+            self._worker.join()
+            dist.destroy_process_group(self.group)
 
     def gather(self, t: Tensor, what: str) -> Tensor:
         """[ranks, ...]: every rank's ``t``. After :meth:`begin` only when all that was begun has ended."""
