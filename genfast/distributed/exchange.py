@@ -40,13 +40,8 @@ class Pending:
 
     @property
     def future(self) -> torch.futures.Future:
-        """For DDP, which raises what it is told by a callback, but would take an exception for a value."""
-        return self._ended.then(self._value)
-
-    def _value(self, _) -> Tensor | None:
-        if self.error is not None:
-            raise self.error
-        return self.result
+        """For DDP. It ends well even after a failure, whose class DDP would not keep: ``Engine.settle`` raises it."""
+        return self._ended.then(lambda _: self.result)
 
     def end(self, outcome=None, error: BaseException | None = None) -> None:
         self.outcome, self.error = outcome, error

@@ -95,8 +95,9 @@ def comm_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future
         raise TypeError(f"{engine.parameters.names[indices[0]]} has a sparse gradient, which buckets cannot hold")
     if bucket.index() == 0:
         engine.start()
-        # DDP would raise a failure as a RuntimeError; what this raises before DDP looks keeps its class.
-        torch.autograd.Variable._execution_engine.queue_callback(engine.settle)
+        # In two steps, so that it comes after DDP's own, which copies buckets while others are still on their way.
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(engine.settle))
     pending = engine.reduce(indices, bucket.gradients())
     pending.result = buffer
     return pending.future
