@@ -1,14 +1,15 @@
 """One bucket's way: packed, to all ranks in chunks, reduced, gathered, unpacked; many buckets at a time.
 
 On CPUs (Gloo) the calling thread packs and sends, so that the network is never idle while there is something packed,
-and one thread of the exchange does the rest, bucket after bucket: it waits, reduces, sends, waits, unpacks. Chunks are
-sent from rank to rank: Gloo's own all-gather copies everything once more, and its futures' callbacks run on two
-threads, where one collective that waits for another can stop both for ever. On GPUs (NCCL) the same is queued on a side
-stream, as an all-to-all and an all-gather.
+and one thread of the exchange does the rest, bucket after bucket: it waits, reduces, sends, and, once the next bucket
+has come as far, waits and unpacks. Chunks are sent from rank to rank: Gloo's own all-gather copies everything once
+more, and its futures' callbacks run on two threads, where one collective that waits for another can stop both for ever.
+On GPUs (NCCL) the same is queued on a side stream, as an all-to-all and an all-gather.
 """
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import queue
 import threading
@@ -43,8 +44,8 @@ class Pending:
         """For DDP. It ends well even after a failure, whose class DDP would not keep: ``Engine.settle`` raises it."""
         return self._ended.then(lambda _: self.result)
 
-    def end(self, outcome=None, error: BaseException | None = None) -> None:
-        self.outcome, self.error = outcome, error
+    def end(self, error: BaseException | None = None) -> None:
+        self.error = error
         self._ended.set_result(None)
 
     def wait(self):
@@ -110,25 +111,30 @@ class Exchange:
             except RuntimeError as error:
                 lost = error  # told by the thread, which takes its time to find out who is to blame
 
-        def rest():
+        def stages():
+            """Pauses while a gather is on its way, then sets the outcome."""
             if self.ranks == 1:
                 bucket.sum.copy_(bucket.sent[0])
-                return last()
-            if lost is not None:
-                raise self.watch.failure(what, str(lost))
-            self._wait(works, what)
-            factor = 1 / self.ranks if average else 1.0
-            reduce_chunks(
-                bucket.received, bucket.sum_layout, scale=factor, residual=bucket.sum_residual, out=bucket.sum
-            )
-            if gather and not bucket.direct:
-                self._exchange(bucket.sent, [bucket.sum] * self.ranks, what)
-            return last()
+            else:
+                if lost is not None:
+                    raise self.watch.failure(what, str(lost))
+                self._wait(works, what)
+                reduce_chunks(
+                    bucket.received, bucket.sum_layout, scale=1 / self.ranks if average else 1.0,
+                    residual=bucket.sum_residual, out=bucket.sum,
+                )  # fmt: skip
+                if gather and not bucket.direct:
+                    gathering = self._gather(bucket.sent, bucket.sum, what)
+                    yield
+                    self._wait(gathering, what)
+            pending.outcome = last()
 
         if self._jobs is None:
-            pending.end(rest())
+            for _ in stages():
+                pass
+            pending.end()
         else:
-            self._jobs.put((contextvars.copy_context(), rest, pending))
+            self._jobs.put((contextvars.copy_context(), stages(), pending))
         return pending
 
     def _all_to_all(self, to: Tensor, rows, tag: int) -> list:
@@ -154,39 +160,42 @@ class Exchange:
             else:
                 work.wait()  # orders the stream, and does not wait
 
-    def _exchange(self, to: Tensor, rows, what: str) -> None:
+    def _gather(self, to: Tensor, row: Tensor, what: str) -> list:
         try:
-            works = self._all_to_all(to, rows, tag=1)
+            return self._all_to_all(to, [row] * self.ranks, tag=1)
         except RuntimeError as error:
             raise self.watch.failure(what, str(error)) from None
-        self._wait(works, what)
-
-    def leave(self) -> None:
-        """Once what was begun has ended, close the connections: who waits for this rank then sees that it is gone."""
-        if self._jobs is not None:
-            self._jobs.put(None)
-            self._worker.join()
-            dist.destroy_process_group(self.group)
 
     def gather(self, t: Tensor, what: str) -> Tensor:
         """[ranks, ...]: every rank's ``t``. After :meth:`begin` only when all that was begun has ended."""
         found = t.new_empty((self.ranks, *t.shape))
         if self.ranks == 1:
             return found.copy_(t)
-        self._exchange(found, [t.contiguous()] * self.ranks, what)
+        self._wait(self._gather(found, t.contiguous(), what), what)
         return found
 
 
 def _work(jobs: queue.SimpleQueue) -> None:
-    """The thread: buckets in the order in which they were begun. After a failure those that follow fail at once."""
+    """The thread: buckets in the order in which they were begun. After a failure those that follow fail at once.
+
+    A bucket's sum is sent before the last one's has come: what the network has not to do yet comes first.
+    """
     torch.get_num_threads()  # OpenMP's setting is a thread's own: this makes it the process's
-    failed = None
-    while (job := jobs.get()) is not None:
-        context, rest, pending = job
-        if failed is None:
-            try:
-                outcome = context.run(rest)
-            except Exception as error:
-                failed = error
-        pending.end(None if failed else outcome, failed)
-        del job, context, rest, pending  # so that the exchange can be collected while this waits
+    failed, ending, paused = None, False, collections.deque()
+    while not ending or paused:
+        try:
+            job = jobs.get(block=not paused)
+        except queue.Empty:
+            job = paused.popleft()
+        if job is None:
+            ending = True
+            continue
+        context, stages, pending = job
+        try:
+            if failed is None and context.run(next, stages, stages) is None:
+                paused.append(job)
+                continue
+        except Exception as error:
+            failed = error
+        pending.end(failed)
+        del job, context, stages, pending  # so that the exchange can be collected while this waits
