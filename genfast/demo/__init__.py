@@ -1,7 +1,7 @@
 """``genfast demo``: train a denoiser on real digits, sample it with five fused samplers, measure and draw the result.
 
 One network serves all five, see ``network.py``; ``eager.py`` holds the same samplers in plain PyTorch. ``--text`` does
-the same with text and four samplers, see ``text/``.
+the same with text and four samplers, see ``text/``; ``--ddp`` trains the denoiser on 2 ranks, see ``ddp/``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 if it went well, 2 if a package is missing."""
     parser = argparse.ArgumentParser(prog="genfast demo", description=__doc__.split(": ", 1)[1].split("\n")[0])
     parser.add_argument("--text", action="store_true", help="train a language model on text that is on the machine")
-    parser.add_argument("--steps", type=int, help="training steps (default 2000, half a minute; text: two minutes)")
+    parser.add_argument(
+        "--ddp", action="store_true", help="train on 2 local ranks, gradients in every format; no samples"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="training steps (default 2000, half a minute; text: two minutes; ddp: 500 per format)"
+    )
     parser.add_argument("--samples", type=int, help="samples per class (default 50); with --text, texts (default 16)")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default 1.5); not of text")
     parser.add_argument("--prompt", help="begin every text with this; with --text only")
@@ -65,6 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", help="run the samplers on this backend")
     parser.add_argument("--quick", action="store_true", help="a tenth of the training, fewer samples and steps")
     arguments = parser.parse_args(argv)
+    if arguments.ddp:
+        for name in ("text", "samples", "guidance", "prompt", "backend"):
+            if getattr(arguments, name) not in (None, False):
+                parser.error(f"--{name} does not go with --ddp")
     if arguments.text and arguments.guidance is not None:
         parser.error("--guidance is for digits, not for --text")
     if arguments.prompt is not None and not arguments.text:
@@ -79,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if arguments.text:
         return _text(arguments, parser)
+    if arguments.ddp:
+        return _ddp(arguments)
     arguments.steps = 2000 if arguments.steps is None else arguments.steps
     arguments.samples = 50 if arguments.samples is None else arguments.samples
     arguments.guidance = 1.5 if arguments.guidance is None else arguments.guidance
@@ -106,6 +117,16 @@ def _text(arguments, parser: argparse.ArgumentParser) -> int:
     except NoText as error:
         print(error, file=sys.stderr)
         return 2
+    return 0
+
+
+def _ddp(arguments) -> int:
+    if not torch.distributed.is_available():
+        print("genfast demo --ddp needs a torch that was built with torch.distributed", file=sys.stderr)
+        return 2
+    from genfast.demo import ddp
+
+    ddp.run(arguments)
     return 0
 
 
