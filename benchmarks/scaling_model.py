@@ -67,7 +67,7 @@ def step_time(inputs: Inputs, ranks: int) -> float:
 
 def fitted(inputs: Inputs, ranks: int, measured: float) -> Inputs:
     """With the bandwidth at which the model takes as long as was measured."""
-    low, high = 1e3, 1e15
+    low, high = 1.0, 1e15
     if (
         not step_time(replace(inputs, bandwidth=high), ranks)
         < measured
