@@ -287,7 +287,9 @@ def unused_parameters(rank, how):
         finished = reducer.finish()
         g = net.unused.weight.grad
         found.append(None if g is None else float(g.abs().sum()))
-        assert torch.allclose(finished.norm, torch.nn.utils.get_total_norm([p for p in gradients(net) if p is not None]))
+        assert torch.allclose(
+            finished.norm, torch.nn.utils.get_total_norm([p for p in gradients(net) if p is not None])
+        )
     return found
 
 
@@ -387,6 +389,8 @@ def test_drop_ins_have_the_names_and_parameters_of_pytorch():
 
     for name in ddp_hooks.__all__:
         theirs = getattr(quantization_hooks if "quantization" in name else default_hooks, name)
-        assert list(inspect.signature(getattr(ddp_hooks, name)).parameters) == list(inspect.signature(theirs).parameters)
+        assert list(inspect.signature(getattr(ddp_hooks, name)).parameters) == list(
+            inspect.signature(theirs).parameters
+        )
     with pytest.raises(ValueError, match="bucket_size"):
         ddp_hooks.quantization_perchannel_hook(None, None, bucket_size=100)

@@ -53,9 +53,7 @@ class Engine:
         self.numels = [p.numel() for p in self.parameters.parameters]
         self._cuts: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         exchange = self.exchange
-        self.buckets = Buckets(
-            self.numels, exchange.ranks, exchange.rank, wire, exchange.device, self.error_feedback
-        )
+        self.buckets = Buckets(self.numels, exchange.ranks, exchange.rank, wire, exchange.device, self.error_feedback)
         self.running: dict[tuple[int, ...], Pending] = {}
         self._scale: Tensor | None = None
 

@@ -115,7 +115,9 @@ class Exchange:
             else:
                 self._all_to_all(bucket.received, bucket.sent, what)
             factor = 1 / self.ranks if average else 1.0
-            reduce_chunks(bucket.received, bucket.sum_layout, scale=factor, residual=bucket.sum_residual, out=bucket.sum)
+            reduce_chunks(
+                bucket.received, bucket.sum_layout, scale=factor, residual=bucket.sum_residual, out=bucket.sum
+            )
             if gather and not bucket.direct:
                 self._all_to_all(bucket.sent, [bucket.sum] * self.ranks, what)
             return last()

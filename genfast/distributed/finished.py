@@ -23,9 +23,7 @@ class Finished:
         find_bad: Callable[[], dict[str, list[int]]],
     ):  # fmt: skip
         self.norm, self.finite = norm, finite
-        self.clip_coefficient = (
-            torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        )
+        self.clip_coefficient = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self._scaled, self._find_bad, self._bad = scaled, find_bad, None
 
     def __repr__(self) -> str:
