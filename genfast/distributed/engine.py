@@ -53,9 +53,7 @@ class Engine:
         self.numels = [p.numel() for p in self.parameters.parameters]
         self._cuts: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         exchange = self.exchange
-        self.buckets = Buckets(
-            self.numels, exchange.ranks, exchange.rank, wire, exchange.device, self.error_feedback
-        )
+        self.buckets = Buckets(self.numels, exchange.ranks, exchange.rank, wire, exchange.device, self.error_feedback)
         self.running: dict[tuple[int, ...], Pending] = {}
         self._scale: Tensor | None = None
 
@@ -121,11 +119,12 @@ class Engine:
         order = [k for indices in self.running for k in indices]
         return Finished(
             norm.float(), finite.all(), self.max_norm if max_norm is None else max_norm, self._scale is not None,
-            lambda: self._bad(order, flags, finite),
+            lambda: self.bad(order, flags, finite),
         )  # fmt: skip
 
-    def _bad(self, order: list[int], sent: Tensor, reduced: Tensor) -> dict[str, list[int]]:
-        """Before the sum it is known exactly; a quantised wire spoils neighbours too, and a sum can overflow."""
+    def bad(self, order: list[int], sent: Tensor, reduced: Tensor) -> dict[str, list[int]]:
+        """Names of parameters ``order``, by what each rank sent, which is exact: on the wire a block is spoilt as a
+        whole. Where nothing was, the sum has overflowed."""
         everywhere = self.exchange.gather(sent.to(torch.uint8), "the names of bad parameters").T.tolist()
         found = {
             self.parameters.names[k]: [self.exchange.members[r] for r, good in enumerate(column) if not good]

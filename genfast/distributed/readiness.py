@@ -97,7 +97,9 @@ class Readiness:
             self.enabled = before
 
 
-def grouped(order: Sequence[int], size_of: Callable[[int], int], limits: tuple[int, int], kind: Callable[[int], Hashable]):
+def grouped(
+    order: Sequence[int], size_of: Callable[[int], int], limits: tuple[int, int], kind: Callable[[int], Hashable]
+):
     """Indices in ``order``, cut into buckets: the first one small, so that the wire is busy early; each of one kind."""
     found: list[tuple[int, ...]] = []
     current: list[int] = []
