@@ -166,6 +166,19 @@ class Exchange:
         except RuntimeError as error:
             raise self.watch.failure(what, str(error)) from None
 
+    def gather_rows(self, flat: Tensor, what: str) -> None:
+        """Every rank's part of something flat, in place, where each has its own part already. As :meth:`gather`."""
+        if self.ranks > 1:
+            rows = flat.view(torch.uint8).view(self.ranks, -1)
+            self._wait(self._gather(rows, rows[self.rank], what), what)
+
+    def leave(self) -> None:
+        """Once what was begun has ended, close the connections: who waits for this rank then sees that it is gone."""
+        if self._jobs is not None:
+            self._jobs.put(None)
+            self._worker.join()
+            dist.destroy_process_group(self.group)
+
     def gather(self, t: Tensor, what: str) -> Tensor:
         """[ranks, ...]: every rank's ``t``. After :meth:`begin` only when all that was begun has ended."""
         found = t.new_empty((self.ranks, *t.shape))
