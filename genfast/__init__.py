@@ -5,7 +5,7 @@ Every op has a plain PyTorch reference (``genfast.reference``) and is checked ag
 
 import torch  # noqa: F401  (first, so that the native modules find the OpenMP runtime that torch loaded)
 
-from genfast import checks, dropin, memory, ops, profiling, samplers  # noqa: F401
+from genfast import checks, distributed, dropin, memory, ops, profiling, samplers  # noqa: F401
 from genfast._registry import PUBLIC
 
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
 """``genfast demo``: train a denoiser on real digits, sample it with five fused samplers, measure and draw the result.
 
 One network serves all five, see ``network.py``; ``eager.py`` holds the same samplers in plain PyTorch. ``--text`` does
-the same with text and four samplers, see ``text/``; ``--vq`` writes digits in two stages by codes, see ``vq/``.
+the same with text and four samplers, see ``text/``; ``--vq`` writes digits in two stages by codes, see ``vq/``;
+``--ddp`` trains the denoiser on 2 ranks, see ``ddp/``.
 """
 
 from __future__ import annotations
@@ -58,8 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--text", action="store_true", help="train a language model on text that is on the machine")
     kind.add_argument("--vq", action="store_true", help="train a VQ-VAE on the digits and a transformer on its codes")
+    kind.add_argument(
+        "--ddp", action="store_true", help="train on 2 local ranks, gradients in every format; no samples"
+    )
     parser.add_argument(
-        "--steps", type=int, help="training steps (default 2000, half a minute; text: two minutes; vq: 500)"
+        "--steps", type=int,
+        help="training steps (default 2000, half a minute; text: two minutes; vq: 500; ddp: 500 per format)",
     )
     parser.add_argument("--samples", type=int, help="samples per class (default 50); with --text, texts (default 16)")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default 1.5); not of text")
@@ -73,6 +78,10 @@ def main(argv: list[str] | None = None) -> int:
         "--quick", action="store_true", help="a tenth of the training (vq: a fifth), fewer samples and steps"
     )
     arguments = parser.parse_args(argv)
+    if arguments.ddp:
+        for name in ("samples", "guidance", "prompt", "backend"):
+            if getattr(arguments, name) is not None:
+                parser.error(f"--{name} does not go with --ddp")
     if arguments.text and arguments.guidance is not None:
         parser.error("--guidance is for digits, not for --text")
     if arguments.prompt is not None and not arguments.text:
@@ -94,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         return _text(arguments, parser)
     if arguments.vq:
         return _vq(arguments)
+    if arguments.ddp:
+        return _ddp(arguments)
     arguments.steps = 2000 if arguments.steps is None else arguments.steps
     arguments.samples = 50 if arguments.samples is None else arguments.samples
     arguments.guidance = 1.5 if arguments.guidance is None else arguments.guidance
@@ -135,6 +146,16 @@ def _vq(arguments) -> int:
         arguments.samples = min(arguments.samples, 20)
     with backend(arguments.backend) if arguments.backend else contextlib.nullcontext():
         vq.run(arguments, _progress)
+    return 0
+
+
+def _ddp(arguments) -> int:
+    if not torch.distributed.is_available():
+        print("genfast demo --ddp needs a torch that was built with torch.distributed", file=sys.stderr)
+        return 2
+    from genfast.demo import ddp
+
+    ddp.run(arguments)
     return 0
 
 

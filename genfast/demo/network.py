@@ -57,15 +57,8 @@ def train(digits: Digits, steps: int, seed: int, progress) -> Denoiser:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     with progress(steps, "training") as bar:
         for step in range(steps):
-            at = torch.randint(len(digits.train), (128,))
-            x0, label = digits.train[at], digits.train_labels[at]
-            label = torch.where(torch.rand(len(label)) < 0.1, CLASSES, label)
-            # Stratified angles: every batch covers the whole schedule evenly.
-            angle = (torch.rand(1) + torch.arange(len(at)) / len(at)).remainder(1).clamp(1e-3, 1 - 1e-3) * (math.pi / 2)
-            a, s = angle.cos().view(-1, 1, 1, 1), angle.sin().view(-1, 1, 1, 1)
-            eps = torch.randn_like(x0)
-            v = net(a * x0 + s * eps, (a / s).log().flatten(), label)
-            loss = (v - (a * eps - s * x0)).square().mean()
+            x, lam, label, target = noisy_batch(digits, 128)
+            loss = (net(x, lam, label) - target).square().mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -76,6 +69,18 @@ def train(digits: Digits, steps: int, seed: int, progress) -> Denoiser:
                     mean.lerp_(p, 1 - keep)
             bar.update()
     return averaged
+
+
+def noisy_batch(digits: Digits, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x, lam, label, target): random digits at levels of the cosine schedule, labels dropped one time in ten."""
+    at = torch.randint(len(digits.train), (size,))
+    x0, label = digits.train[at], digits.train_labels[at]
+    label = torch.where(torch.rand(len(label)) < 0.1, CLASSES, label)
+    # Stratified angles: every batch covers the whole schedule evenly.
+    angle = (torch.rand(1) + torch.arange(len(at)) / len(at)).remainder(1).clamp(1e-3, 1 - 1e-3) * (math.pi / 2)
+    a, s = angle.cos().view(-1, 1, 1, 1), angle.sin().view(-1, 1, 1, 1)
+    eps = torch.randn_like(x0)
+    return a * x0 + s * eps, (a / s).log().flatten(), label, a * eps - s * x0
 
 
 class Model:

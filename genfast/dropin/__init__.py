@@ -17,6 +17,7 @@ module                   peer                         one line
 ``dropin.mdlm``          MDLM (Sahoo et al. 2024)     ``Diffusion._sample = genfast.dropin.mdlm._sample``
 ``dropin.bd3lm``         BD3-LM (Arriola et al. 2025) ``from genfast.dropin.bd3lm import _semi_ar_sampler``
 ``dropin.attention``     PyTorch's two functions      ``from genfast.dropin import flex_attention``
+``dropin.ddp_hooks``     DDP's communication hooks    ``ddp.register_comm_hook(None, ddp_hooks.bf16_compress_hook)``
 ``dropin.transformers``  Hugging Face transformers    ``genfast.patch("transformers")``, a model on :func:`attention`
 ``dropin.encodec``       EnCodec, DAC (transformers)  ``genfast.dropin.encodec.replace(model)``
 ``dropin.taming``        taming-transformers (VQGAN)  ``from genfast.dropin.taming import VectorQuantizer2``

@@ -1,0 +1,103 @@
+"""A communication hook of DistributedDataParallel for every wire.
+
+This file has no postponed annotations: DDP compares those of a hook with the classes themselves.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from genfast._registry import export
+from genfast.distributed.engine import Engine
+from genfast.distributed.finished import Finished
+
+
+@export("distributed")
+class HookState:
+    """The state of :func:`comm_hook`, and what it finds out: one for each DistributedDataParallel.
+
+        state = genfast.HookState(model, wire="int8", max_norm=1.0)
+        ddp = DistributedDataParallel(model)
+        ddp.register_comm_hook(state, genfast.comm_hook)
+        ...
+        loss.backward()
+        state.finish().apply_to(optimizer)
+        optimizer.step()
+
+    All ranks must make it, in the same order among other such objects.
+
+    Args:
+        module_or_named_parameters: the module, wrapped or not, or pairs of names and parameters.
+        wire: ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"int8"``, ``"fp8_e4m3"`` or ``"fp8_e5m2"``.
+        process_group: DDP's; by default all ranks. Two groups of the same ranks are made from it.
+        error_feedback: whether what rounding leaves out is added to the next gradient; by default on int8 and fp8.
+        average: divide the sum by the number of ranks, as DDP does.
+        grad_scaler: the ``torch.amp.GradScaler`` in use. Gradients keep its scale, norms are told without it.
+        max_norm: for the clip coefficient.
+        timeout: seconds within which a rank that died or stopped is named. On GPUs it is NCCL that watches.
+
+    Raises:
+        TypeError: a parameter of a dtype that does not travel, or with sparse gradients.
+        ValueError: an unknown wire, or parameters that differ between ranks: with the first difference, on all ranks.
+        RankFailure: (from ``backward``) a rank died, stopped or gave up.
+    """
+
+    def __init__(
+        self,
+        module_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
+        wire: str = "bf16",
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        error_feedback: bool | None = None,
+        average: bool = True,
+        grad_scaler=None,
+        max_norm: float | None = None,
+        timeout: float = 600.0,
+    ):
+        self.engine = Engine(
+            module_or_named_parameters, wire, process_group, error_feedback, average, grad_scaler, max_norm, timeout,
+            "DDP hook",
+        )  # fmt: skip
+
+    def finish(self, *, max_norm: float | None = None) -> Finished:
+        """After ``backward``: the norm of the gradients, whether they are finite, and how to clip them.
+
+        Args:
+            max_norm: instead of that of the state.
+
+        Raises:
+            RuntimeError: no backward pass has reduced gradients since the state was made.
+        """
+        return self.engine.finish(max_norm)
+
+    def residuals(self) -> dict[str, Tensor]:
+        """What rounding has left out of each parameter's gradient so far, flat float32, on this rank."""
+        return {self.engine.parameters.names[k]: r for k, r in self.engine.buckets.residuals().items()}
+
+    def close(self) -> None:
+        """End the thread that shows the other ranks that this one lives; also done when the process ends."""
+        self.engine.close()
+
+
+@export("distributed")
+def comm_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """For ``DistributedDataParallel.register_comm_hook(HookState(...), comm_hook)``.
+
+    A bucket is packed into the wire's format, sent to all ranks in chunks, summed in float32 in the order of the ranks,
+    rounded, gathered and unpacked: the same bits on every rank and in every run.
+    """
+    engine = state.engine
+    buffer = bucket.buffer()
+    indices = engine.parameters.indices(bucket.parameters())
+    if buffer.layout is not torch.strided:
+        raise TypeError(f"{engine.parameters.names[indices[0]]} has a sparse gradient, which buckets cannot hold")
+    if bucket.index() == 0:
+        engine.start()
+        # In two steps, so that it comes after DDP's own, which copies buckets while others are still on their way.
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(engine.settle))
+    pending = engine.reduce(indices, bucket.gradients())
+    pending.result = buffer
+    return pending.future
