@@ -1,7 +1,7 @@
 """What the compilers make of the GPU kernels that ship, on a machine with no GPU.
 
 ``python -m benchmarks.compile_report [--quick] [--target sm_90 ...] [--skip triton|cuda]`` compiles every Triton
-configuration of ``genfast.kernels`` (``configurations``, ``token_configurations``, ``attention_configurations``) and
+configuration of ``genfast.kernels`` (its modules ``*configurations``) and
 every ``csrc/cuda/*.cu`` ahead of time and prints registers, spills and shared memory per kernel and target. The exit
 code is 1 if a kernel spills.
 """
@@ -30,6 +30,7 @@ QUICK_CASES = ("ddim", "guided_rescale_threshold_philox", "on_device")
 QUICK_TOKEN_CASES = ("greedy", "guided_few_rows", "top_k_top_p")
 QUICK_HEAD_CASES = ("head_greedy", "head_draw")
 QUICK_ATTENTION_CASES = ("attention_few_queries_64", "attention_backward_64")
+QUICK_BUCKET_CASES = ("bucket_bf16", "bucket_fp8_e4m3_odd_size")
 QUICK_DTYPES = ("fp32+bf16",)
 
 
@@ -141,7 +142,14 @@ def triton_launches(cases=None, dtypes=None, target: str = "sm_90") -> dict[str,
 
 def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(name, dtypes, call) of every configuration of every family, as the target runs it."""
-    from genfast.kernels import attention, attention_configurations, configurations, token_configurations
+    from genfast.kernels import (
+        attention,
+        attention_configurations,
+        configurations,
+        gradient_bucket,
+        gradient_configurations,
+        token_configurations,
+    )
     from genfast.kernels.attention_cached import attention_cached
     from genfast.kernels.sampler_step import sampler_step
     from genfast.kernels.token_head import lm_head_partials, merge_head_partials
@@ -183,6 +191,10 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
         for dtype in attention_configurations.DTYPES:
             args, options = attention_configurations.cached_arguments(name, dtype)
             yield name, dtype, functools.partial(attention_cached, *args, **options, target=target)
+    for name in gradient_configurations.CASES:
+        for dtype in gradient_configurations.DTYPES:
+            for op, (args, options) in gradient_configurations.arguments(name, dtype).items():
+                yield name, dtype, functools.partial(getattr(gradient_bucket, op), *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):
@@ -315,7 +327,7 @@ def main(argv=None) -> int:
 
     print(f"{'configuration or file':42} {'kernel':60} {'target':7} {'regs':>5} {'spills':>6} {'shared':>7}")
     if "triton" not in options.skip:
-        names = QUICK_CASES + QUICK_TOKEN_CASES + QUICK_HEAD_CASES + QUICK_ATTENTION_CASES
+        names = QUICK_CASES + QUICK_TOKEN_CASES + QUICK_HEAD_CASES + QUICK_ATTENTION_CASES + QUICK_BUCKET_CASES
         quick = (names, (*QUICK_DTYPES, "bf16"))
         show(triton_rows(targets, *(quick if options.quick else ())))
     if "cuda" not in options.skip:
