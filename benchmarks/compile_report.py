@@ -304,7 +304,7 @@ def _demangled(name: str) -> str:
         return name
     full = subprocess.run([tool, name], capture_output=True, text=True).stdout.strip()
     short = full.removeprefix("void ").replace("(anonymous namespace)::", "").replace("genfast::", "")
-    return short.split("(StepArgs", 1)[0].split("(double", 1)[0].split("(Selection", 1)[0]
+    return re.split(r"\((?:StepArgs|double|Selection|TensorList|Wire|Sums)", short)[0]
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def _factor(scale, number):
     return number
 
 
-@triton.jit(do_not_specialize=["count", "per_chunk", "blocks"])
+@triton.jit(do_not_specialize=["count", "scale_stride", "per_chunk", "blocks"])
 def pack_kernel(
     table, count, codes, stride, scales, scale_stride, per_chunk, blocks, scale, number, residual, finite, numel,
     WIRE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
@@ -153,7 +153,7 @@ def pack_kernel(
                 tl.store(finite + t, tl.zeros((), tl.int8))
 
 
-@triton.jit(do_not_specialize=["ranks", "per_chunk"])
+@triton.jit(do_not_specialize=["scale_stride", "ranks", "per_chunk"])
 def reduce_kernel(
     codes, stride, scales, scale_stride, ranks, per_chunk, out, out_scales, scale, number, residual,
     WIRE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
@@ -181,7 +181,7 @@ def reduce_kernel(
         tl.store(residual + at, tl.where(unread, before, v - read), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "per_chunk", "blocks"])
+@triton.jit(do_not_specialize=["count", "scale_stride", "per_chunk", "blocks"])
 def unpack_kernel(
     table, count, codes, stride, scales, scale_stride, per_chunk, blocks, scale, number, squares,
     WIRE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
@@ -284,7 +284,7 @@ def unpack_gradients(reduced, gradients, *, layout, scale, square_norm, finite) 
             TILE=TILE, LANES=2048, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     for t, source in zip(gradients, written):
-        if t is not source:
+        if source is not t:
             t.copy_(source)
 
 

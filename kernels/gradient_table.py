@@ -58,6 +58,8 @@ def table_of(tensors, layout) -> torch.Tensor:
     One that a CUDA graph captures is the graph's own.
     """
     device = tensors[0].device
+    if device.type == "meta":  # tensors without an address
+        return _made(tensors, layout)
     key = (layout, device, *((t.data_ptr(), t.dtype) for t in tensors))
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
@@ -76,7 +78,6 @@ def _made(tensors, layout) -> torch.Tensor:
     table = torch.empty(2 * count + tiles + 2, dtype=torch.int64, device=tensors[0].device)
     words = []
     for t, offset in zip(tensors, layout.offsets):
-        # Its address is null on the meta device.
         words += [t.data_ptr() | _DTYPES[t.dtype] << _DTYPE_SHIFT | _WIDE, offset + t.numel() | _WIDE]
     words += [_WIDE] * (-len(words) % (2 * AT_ONCE))
     for first in range(0, count, AT_ONCE):

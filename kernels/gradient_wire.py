@@ -29,7 +29,7 @@ def magnitude(x):
 @triton.jit
 def narrow(x, T: tl.constexpr):
     """float32 rounded to nearest even."""
-    if _INTERPRETED and T == tl.bfloat16:
+    if _INTERPRETED and tl.bfloat16 == T:
         # The interpreter truncates where hardware rounds.
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
