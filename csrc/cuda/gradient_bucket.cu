@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ double of[kThreads];
   of[threadIdx.x] = total;
   __syncthreads();
-  for (int step = kThreads / 2; step > 0; step /= 2) {
+  for (unsigned step = kThreads / 2; step > 0; step /= 2) {
     if (threadIdx.x < step) of[threadIdx.x] = add(of[threadIdx.x], of[threadIdx.x + step]);
     __syncthreads();
   }
