@@ -30,6 +30,7 @@ QUICK_TOKEN_CASES = ("greedy", "guided_few_rows", "top_k_top_p")
 QUICK_HEAD_CASES = ("head_greedy", "head_draw")
 QUICK_ATTENTION_CASES = ("attention_few_queries_64", "attention_backward_64")
 QUICK_CODE_CASES = ("codes_8", "codes_cosine_64")
+QUICK_BUCKET_CASES = ("bucket_bf16", "bucket_fp8_e4m3_odd_size")
 QUICK_DTYPES = ("fp32+bf16",)
 
 
@@ -147,6 +148,8 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
         code_update,
         code_update_configurations,
         configurations,
+        gradient_bucket,
+        gradient_configurations,
         scalar_quantize,
         scalar_quantize_configurations,
         token_configurations,
@@ -210,6 +213,10 @@ def _triton_calls(target: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
         for dtype in scalar_quantize_configurations.DTYPES:
             op, args, options = scalar_quantize_configurations.arguments(name, dtype)
             yield name, dtype, functools.partial(getattr(scalar_quantize, op), *args, **options)
+    for name in gradient_configurations.CASES:
+        for dtype in gradient_configurations.DTYPES:
+            for op, (args, options) in gradient_configurations.arguments(name, dtype).items():
+                yield name, dtype, functools.partial(getattr(gradient_bucket, op), *args, **options)
 
 
 def compile_launch(launch: Launch, target: str):
@@ -319,7 +326,7 @@ def _demangled(name: str) -> str:
         return name
     full = subprocess.run([tool, name], capture_output=True, text=True).stdout.strip()
     short = full.removeprefix("void ").replace("(anonymous namespace)::", "").replace("genfast::", "")
-    return short.split("(StepArgs", 1)[0].split("(double", 1)[0].split("(Selection", 1)[0]
+    return re.split(r"\((?:StepArgs|double|Selection|TensorList|Wire|Sums)", short)[0]
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -342,7 +349,10 @@ def main(argv=None) -> int:
 
     print(f"{'configuration or file':42} {'kernel':60} {'target':7} {'regs':>5} {'spills':>6} {'shared':>7}")
     if "triton" not in options.skip:
-        names = QUICK_CASES + QUICK_TOKEN_CASES + QUICK_HEAD_CASES + QUICK_ATTENTION_CASES + QUICK_CODE_CASES
+        names = (
+            QUICK_CASES + QUICK_TOKEN_CASES + QUICK_HEAD_CASES + QUICK_ATTENTION_CASES + QUICK_CODE_CASES
+            + QUICK_BUCKET_CASES
+        )  # fmt: skip
         quick = (names, (*QUICK_DTYPES, "bf16"))
         show(triton_rows(targets, *(quick if options.quick else ())))
     if "cuda" not in options.skip:

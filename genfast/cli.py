@@ -33,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
 
     for name, text in (
         ("bench", "run the benchmarks (in a checkout)"),
-        ("demo", "train, sample and draw digits, with a codebook with --vq, write text with --text, or --ddp on 2 ranks"),
+        (
+            "demo",
+            "train, sample and draw digits, with a codebook with --vq, write text with --text, or --ddp on 2 ranks",
+        ),
     ):
         commands.add_parser(name, help=text, add_help=False)
 

@@ -232,7 +232,10 @@ def test_memory_grows_with_the_queries_not_with_the_keys():
         cache.append(k, k)
         return peak_bytes(lambda: attention_cached(k[:, :, :16], cache), torch.device("cpu"))
 
-    few, many = peak(8192), peak(40000)  # a thread of the pool that came too late has taken no memory: not equal to the byte
+    few, many = (
+        peak(8192),
+        peak(40000),
+    )  # a thread of the pool that came too late has taken no memory: not equal to the byte
     keys = 4 * 32 * 4 * (40000 - 8192)
     assert 0 < few < keys / 20
     assert abs(many - few) < keys / 100

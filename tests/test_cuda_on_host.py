@@ -18,7 +18,9 @@ import torch
 
 import genfast
 from benchmarks.compile_report import ROOT
-from genfast.native import sampler_step_cuda
+from genfast import BucketLayout, pack_gradients, reduce_chunks, unpack_gradients
+from genfast.checks import gradient_bucket
+from genfast.native import gradient_bucket_cuda, sampler_step_cuda
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-mf16c", "-mfma", "-ffp-contract=off", "-Wno-attributes"]
@@ -93,3 +95,68 @@ def test_the_stand_in_counts_launches_as_written(module, backend):
     out = torch.full((3, 1000), 7.0)
     genfast.randn(3, 1000, seed=1, out=out)
     assert not (out == 7.0).any()
+
+
+def bucket_of_lists(layout, kinds):
+    """Gradients through all three ops, and what they wrote."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(n, generator=generator).to(kinds[k % len(kinds)]) for k, n in enumerate(layout.numels)]
+    residual = torch.randn(layout.numel, generator=generator) * 1e-3
+    packed = pack_gradients(gradients, layout, scale=0.5, residual=residual)
+    written = [torch.empty_like(t) for t in gradients]
+    square_norm, finite = unpack_gradients(packed.wire, layout, written, scale=2.0)
+    return [packed.wire, packed.finite, residual, *written, finite, square_norm]
+
+
+BUCKET_LISTS = {
+    "300 tensors, and no values": [k % 5 for k in range(300)],
+    "one value each": [1] * 700,
+    "a tensor in two launches": [3] * 255 + [9000, 0, 5000, 1] + [2] * 300,
+    "aligned": [4096, 2048, 1024],
+}
+
+
+class TestBucket:
+    @pytest.fixture
+    def on_cuda(self, module, monkeypatch):
+        """The result of a call on the reference, and on the CUDA kernels."""
+        ops = gradient_bucket_cuda.bind(module)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 0}))
+
+        def both(call):
+            with genfast.backend("reference"):  # an explicit order, so that no other path is taken before `choose`
+                expected = call()
+                with monkeypatch.context() as patch:
+                    patch.setattr("genfast.ops.gradient_bucket.choose", lambda _, op, __: ("cuda", getattr(ops, op)))
+                    return expected, call()
+
+        return both
+
+    @pytest.mark.parametrize("case", gradient_bucket.cases(), ids=lambda case: case.name)
+    def test_cases(self, on_cuda, case):
+        (*expected, exact), (*got, square_norm) = on_cuda(lambda: case.run("cpu"))
+        assert gradient_bucket.agree(got, expected)
+        torch.testing.assert_close(square_norm, exact, rtol=1e-12, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("wire", ["bf16", "fp8_e5m2"])
+    @pytest.mark.parametrize("numels", BUCKET_LISTS.values(), ids=BUCKET_LISTS)
+    @pytest.mark.parametrize("kinds", [(torch.float32,), (torch.float32, torch.bfloat16, torch.float16)], ids=len)
+    def test_lists(self, on_cuda, wire, numels, kinds):
+        layout = BucketLayout(numels, 3, wire)
+        (*expected, exact), (*got, square_norm) = on_cuda(lambda: bucket_of_lists(layout, kinds))
+        assert gradient_bucket.agree(got, expected)
+        torch.testing.assert_close(square_norm, exact, rtol=1e-12, atol=0)
+
+    def test_buckets_and_residuals_anywhere_in_memory(self, on_cuda):
+        layout = BucketLayout([700], 2, "int8")
+
+        def call():
+            gradient = torch.linspace(-1, 1, 1401)[::2][:700]
+            residual = torch.full((701,), 0.25)[1:]
+            out = torch.empty(layout.shape[0] * layout.shape[1] + 4, dtype=torch.uint8)[4:].view(layout.shape)
+            pack_gradients([gradient], layout, residual=residual, out=out)
+            reduced = torch.empty(layout.chunk_bytes + 4, dtype=torch.uint8)[4:]
+            reduce_chunks(out, layout, out=reduced)
+            return [out, residual, reduced, *unpack_gradients(out, layout, [gradient])]
+
+        assert all(map(torch.equal, *on_cuda(call)))

@@ -13,8 +13,17 @@ if backends.interpreting():
     pytest.skip("kernels cannot be compiled in a process that interprets them", allow_module_level=True)
 
 from benchmarks import compile_report
-from genfast.kernels import attention_configurations, configurations, vector_quantize_configurations
+from genfast.gradient_wire import BucketLayout
+from genfast.kernels import (
+    attention_configurations,
+    configurations,
+    gradient_bucket,
+    gradient_configurations,
+    gradient_table,
+    vector_quantize_configurations,
+)
 from genfast.kernels.attention import attention
+from genfast.kernels.gradient_bucket import pack_gradients
 from genfast.kernels.guidance import moments_kernel, rescale_kernel
 from genfast.kernels.sampler_step import sampler_step, step_kernel
 from genfast.kernels.threshold import histogram_kernel, limit_kernel
@@ -195,6 +204,43 @@ def test_no_length_of_a_cache_compiles_a_new_attention_kernel():
     assert len(attention_launches(32, 100)) == 1
 
 
+def test_the_bucket_kernels_on_every_target():
+    rows = compile_without_spills(compile_report.QUICK_BUCKET_CASES, ["bf16"])
+    assert {row.kernel for row in rows} == {
+        "write_kernel", "locate_kernel", "pack_kernel", "reduce_kernel", "unpack_kernel", "finish_kernel",
+    }  # fmt: skip
+    rows = compile_without_spills(["bucket_int8_residual"], ["mixed"], ("sm_90", "gfx942"))
+    assert "pack_kernel" in {row.kernel for row in rows}
+
+
+def test_bucket_reads_and_writes_are_wide():
+    launches = compile_report.triton_launches(["bucket_bf16"], ["bf16"]).values()
+    code = {
+        launch.kernel.__name__: compile_report.compile_launch(launch, "sm_90").asm["ptx"]
+        for _, launch in launches
+        if launch.kernel.__name__ in ("pack_kernel", "reduce_kernel", "unpack_kernel")
+    }
+    assert len(code) == 3
+    for text in code.values():
+        assert "ld.global.v4.b32" in text and "st.global.v4.b32" in text
+    assert code["reduce_kernel"].count("ld.global.v4.b32") == 8  # of every rank, in flight together
+
+
+def test_no_address_and_no_size_compiles_a_new_bucket_kernel():
+    def keys(sizes, scale):
+        gradient_table._tables.clear()
+        layout = BucketLayout(sizes, 2, "bf16")
+        gradients = [torch.empty(n, dtype=torch.bfloat16) for n in sizes]
+        out, finite = torch.empty(layout.shape, dtype=torch.uint8), torch.empty(len(sizes), dtype=torch.bool)
+        with compile_report.recorded_launches() as launches:
+            pack_gradients(gradients, layout=layout, scale=scale, residual=None, out=out, finite=finite)
+        return {launch.key() for launch in launches}
+
+    expected = keys([4096, 32], 1.0)
+    assert len(expected) == 3
+    assert keys([64, 16], 0.5) == keys([5120] + [16] * 99, 0.25) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", configurations.DTYPES)
 def test_every_configuration_on_every_target(dtypes):
@@ -275,6 +321,16 @@ def test_extra_memory_is_a_few_kilobytes_per_sample():
     assert 0 < allocated <= 4 * 20_000
 
 
+BUCKET_KERNELS = (
+    gradient_table.write_kernel,
+    gradient_table.locate_kernel,
+    gradient_bucket.pack_kernel,
+    gradient_bucket.reduce_kernel,
+    gradient_bucket.unpack_kernel,
+    gradient_bucket.finish_kernel,
+)
+
+
 class DriverWithoutGpu:
     """What Triton's launcher asks its driver before it compiles."""
 
@@ -303,7 +359,7 @@ def warm_up_only(monkeypatch):
 
     monkeypatch.setattr(triton.JITFunction, "run", warm_up)
     monkeypatch.setattr(triton.runtime.driver, "_active", DriverWithoutGpu())
-    for kernel in (step_kernel, moments_kernel, rescale_kernel, histogram_kernel, limit_kernel):
+    for kernel in (step_kernel, moments_kernel, rescale_kernel, histogram_kernel, limit_kernel, *BUCKET_KERNELS):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     return compiled
 
@@ -314,5 +370,14 @@ def test_the_launcher_compiles_what_the_report_compiles(name, warm_up_only):
     (inputs, table), options = configurations.arguments(case, "fp32+bf16", device="cpu")
     sampler_step(inputs, table, **options)
     recorded = compile_report.triton_launches([name], ["fp32+bf16"]).values()
+    reported = {compile_report.compile_launch(launch, "sm_90").asm["ptx"] for _, launch in recorded}
+    assert {kernel.asm["ptx"] for kernel in warm_up_only} == reported
+
+
+def test_the_launcher_compiles_the_bucket_kernels_of_the_report(warm_up_only):
+    calls = gradient_configurations.arguments("bucket_int8_residual", "bf16", "cpu")
+    for op, (args, options) in calls.items():
+        getattr(gradient_bucket, op)(*args, **options)
+    recorded = compile_report.triton_launches(["bucket_int8_residual"], ["bf16"]).values()
     reported = {compile_report.compile_launch(launch, "sm_90").asm["ptx"] for _, launch in recorded}
     assert {kernel.asm["ptx"] for kernel in warm_up_only} == reported

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/gradient_bucket.h"
 #include "cuda/sampler_step.h"
 
 #ifndef GENFAST_MODULE
@@ -41,11 +42,13 @@ std::optional<std::string> missing_device() {
 // The device of the tensors for the length of a call; the caller's device afterwards.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  DeviceGuard(const std::string& op, int device) {
     if (cudaGetDevice(&before_) != cudaSuccess)
-      throw std::runtime_error("sampler_step cannot run on CUDA: " + missing_device().value_or("no device is current"));
+      throw std::runtime_error(op + " cannot run on CUDA: " + missing_device().value_or("no device is current"));
     if (before_ != device) {
-      check(cudaSetDevice(device), "selecting the tensors' device failed");
+      const cudaError_t error = cudaSetDevice(device);
+      if (error != cudaSuccess)
+        throw std::runtime_error(op + ": selecting the tensors' device failed: " + cudaGetErrorString(error));
       changed_ = true;
     }
   }
@@ -99,8 +102,60 @@ void step(const std::vector<PyOperand>& inputs, const std::optional<PyOperand>& 
   a.stream = (uint32_t)stream;
   a.offset = (uint32_t)offset;
   py::gil_scoped_release release;
-  DeviceGuard guard(device);
+  DeviceGuard guard("sampler_step", device);
   sampler_step(a, float64, reinterpret_cast<char*>(workspace), reinterpret_cast<cudaStream_t>(cuda_stream));
+}
+
+// --- gradient_bucket ---
+
+// BucketLayout.native
+using PyWire = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int>;
+// (address, or 0; value)
+using PyScale = std::tuple<uintptr_t, float>;
+// (address, dtype code, numel)
+using PyTensors = std::vector<std::tuple<uintptr_t, int, int64_t>>;
+
+Wire wire_of(const PyWire& w) {
+  return {std::get<0>(w), std::get<1>(w), std::get<2>(w), std::get<3>(w), std::get<4>(w), std::get<5>(w)};
+}
+
+Scale scale_of(const PyScale& s) { return {reinterpret_cast<const float*>(std::get<0>(s)), std::get<1>(s)}; }
+
+std::vector<BucketTensor> tensors_of(const PyTensors& given) {
+  std::vector<BucketTensor> tensors;
+  for (const auto& [address, dtype, numel] : given) tensors.push_back({reinterpret_cast<char*>(address), dtype, numel});
+  return tensors;
+}
+
+int64_t workspace_numbers(const PyTensors& tensors) { return bucket_workspace(tensors_of(tensors)); }
+
+void pack(const PyTensors& given, const PyWire& wire, const PyScale& scale, uintptr_t residual, uintptr_t out,
+          uintptr_t finite, int device, uintptr_t cuda_stream) {
+  const std::vector<BucketTensor> tensors = tensors_of(given);
+  py::gil_scoped_release release;
+  DeviceGuard guard("pack_gradients", device);
+  pack_gradients(tensors, wire_of(wire), scale_of(scale), reinterpret_cast<float*>(residual),
+                 reinterpret_cast<char*>(out), reinterpret_cast<uint8_t*>(finite),
+                 reinterpret_cast<cudaStream_t>(cuda_stream));
+}
+
+void reduce(uintptr_t received, const PyWire& wire, const PyScale& scale, uintptr_t residual, uintptr_t out, int device,
+            uintptr_t cuda_stream) {
+  py::gil_scoped_release release;
+  DeviceGuard guard("reduce_chunks", device);
+  reduce_chunks(reinterpret_cast<const char*>(received), wire_of(wire), scale_of(scale),
+                reinterpret_cast<float*>(residual), reinterpret_cast<char*>(out),
+                reinterpret_cast<cudaStream_t>(cuda_stream));
+}
+
+void unpack(uintptr_t reduced, const PyWire& wire, const PyTensors& given, const PyScale& scale, uintptr_t workspace,
+            uintptr_t square_norm, uintptr_t finite, int device, uintptr_t cuda_stream) {
+  const std::vector<BucketTensor> tensors = tensors_of(given);
+  py::gil_scoped_release release;
+  DeviceGuard guard("unpack_gradients", device);
+  unpack_gradients(reinterpret_cast<const char*>(reduced), wire_of(wire), tensors, scale_of(scale),
+                   reinterpret_cast<double*>(workspace), reinterpret_cast<double*>(square_norm),
+                   reinterpret_cast<uint8_t*>(finite), reinterpret_cast<cudaStream_t>(cuda_stream));
 }
 
 }  // namespace
@@ -114,5 +169,12 @@ PYBIND11_MODULE(GENFAST_MODULE, m) {
         "has_x0"_a, "guidance"_a, "guidances"_a, "guidance_stride"_a, "rescale"_a, "clip"_a, "threshold"_a, "seed"_a,
         "seeds"_a, "seed_stride"_a, "stream"_a, "offset"_a, "workspace"_a, "device"_a, "cuda_stream"_a);
   m.def("workspace_bytes", &genfast::workspace_bytes, "batch"_a, "inner"_a, "float64"_a, "rescale"_a, "threshold"_a);
+  m.def("pack_gradients", &genfast::pack, "tensors"_a, "wire"_a, py::kw_only(), "scale"_a, "residual"_a, "out"_a,
+        "finite"_a, "device"_a, "cuda_stream"_a);
+  m.def("reduce_chunks", &genfast::reduce, "received"_a, "wire"_a, py::kw_only(), "scale"_a, "residual"_a, "out"_a,
+        "device"_a, "cuda_stream"_a);
+  m.def("unpack_gradients", &genfast::unpack, "reduced"_a, "wire"_a, "tensors"_a, py::kw_only(), "scale"_a,
+        "workspace"_a, "square_norm"_a, "finite"_a, "device"_a, "cuda_stream"_a);
+  m.def("bucket_workspace", &genfast::workspace_numbers, "tensors"_a, "Float64 numbers that unpack_gradients needs.");
   m.def("missing_device", &genfast::missing_device, "Why no kernel can run on this machine, or None.");
 }

@@ -105,9 +105,14 @@ def check(case: BucketCase, device) -> tuple[float, float]:
     *got, square_norm = case.run(device)
     with backend("reference"):
         *expected, exact = case.run(device)
-    same = all(a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(got, expected))
+    same = agree(got, expected)
     close = torch.allclose(square_norm, exact, rtol=1e-6, atol=0, equal_nan=True)
     return 0.0 if same and close else float("inf"), 0.0
+
+
+def agree(got, expected) -> bool:
+    """Whether tensors are the same to the bit, with NaN equal to NaN."""
+    return all(a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(got, expected, strict=True))
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         "--ddp", action="store_true", help="train on 2 local ranks, gradients in every format; no samples"
     )
     parser.add_argument(
-        "--steps", type=int,
+        "--steps",
+        type=int,
         help="training steps (default 2000, half a minute; text: two minutes; vq: 500; ddp: 500 per format)",
     )
     parser.add_argument("--samples", type=int, help="samples per class (default 50); with --text, texts (default 16)")

@@ -16,6 +16,10 @@ from genfast.native.token_sampling import address
 @functools.cache
 def bind(module, override: ContextVar) -> SimpleNamespace:
     """The ops of this family over one native module."""
+    if not hasattr(module, "pack_gradients_direct"):
+        from genfast.native import gradient_bucket_cuda
+
+        return gradient_bucket_cuda.bind(module)
     prepare(module, override)
     return SimpleNamespace(
         pack_gradients_direct=module.pack_gradients_direct,

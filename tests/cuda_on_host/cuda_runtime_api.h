@@ -169,6 +169,12 @@ T __shfl_up_sync(unsigned, T value, int delta) {
   return host::exchange<T>(host::warp().all, 32, value,
                            [=](const uint64_t* slot) { return host::lane_value<T>(slot, from); });
 }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  const int from = (threadIdx.x % 32) ^ mask;
+  return host::exchange<T>(host::warp().all, 32, value,
+                           [=](const uint64_t* slot) { return host::lane_value<T>(slot, from); });
+}
 inline unsigned __ballot_sync(unsigned, bool vote) {
   return host::exchange<unsigned>(host::warp().all, 32, vote, [](const uint64_t* slot) {
     unsigned votes = 0;
