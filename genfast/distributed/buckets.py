@@ -18,7 +18,8 @@ class Bucket:
     """
 
     def __init__(
-        self, numels: list[int], ranks: int, rank: int, wire: str, device: torch.device, error_feedback: bool, direct: bool
+        self, numels: list[int], ranks: int, rank: int, wire: str, device: torch.device, error_feedback: bool,
+        direct: bool,
     ):  # fmt: skip
         def made(shape):
             return torch.empty(shape, dtype=torch.uint8, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 
@@ -83,7 +84,7 @@ class Engine:
                 if values >= most or k + 1 == len(indices):
                     ends.append(k + 1)
                     values = 0
-            self._cuts[indices] = list(zip(ends, ends[1:]))
+            self._cuts[indices] = list(itertools.pairwise(ends))
         return self._cuts[indices]
 
     def _reduce(self, indices: tuple[int, ...], gradients: list[Tensor]) -> Pending:

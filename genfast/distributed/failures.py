@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import threading
 import time
@@ -31,7 +32,7 @@ class Watch:
 
     A thread writes, 20 times in ``timeout``, how often it has done so and how many buckets this rank has sent.
     When a message fails, or has not come in two thirds of ``timeout``, the waiting rank reads everybody's twice: ranks
-    that stand still are dead or stopped, ranks that have begun less are busy elsewhere. The first verdict is everyone's.
+    that stand still are dead or stopped, ranks that have begun less are busy elsewhere. The first verdict stands.
     """
 
     def __init__(self, group, label: str, timeout: float):
@@ -65,10 +66,8 @@ class Watch:
     def declare(self, error: BaseException) -> None:
         """Tell the ranks that wait for this one that it gave up, and why."""
         message = f"rank {self.rank} stopped: {type(error).__name__}: {error}"
-        try:
+        with contextlib.suppress(RuntimeError):  # without a store there is nobody to tell
             self.store.compare_set("failure", "", json.dumps([[self.rank], message]))
-        except RuntimeError:
-            pass  # without a store there is nobody to tell
 
     def failure(self, what: str, error: str) -> RankFailure:
         """The ranks that ``what`` waits for, as an error to raise."""
@@ -83,9 +82,10 @@ class Watch:
                         return RankFailure(f"{what} failed, though all ranks live: {error}")
                     self.store.compare_set("failure", "", json.dumps([ranks, message]))
             ranks, message = json.loads(self.store.get("failure"))
-            self._leave_together(len(ranks))
         except RuntimeError as lost:
             return RankFailure(f"{what} failed, and rank 0, which holds the store, is gone: {lost}", (0,))
+        with contextlib.suppress(RuntimeError):  # rank 0 knew before, and has left with the store
+            self._leave_together(len(ranks))
         return RankFailure(f"{message} ({error})", tuple(ranks))
 
     def _signs(self) -> list[list[int]]:

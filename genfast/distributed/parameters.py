@@ -94,7 +94,8 @@ def _difference(rank: int, mine: list[str], first: int, expected: list[str]) -> 
     if len(mine) != len(expected):
         longer, where = (mine, rank) if len(mine) > len(expected) else (expected, first)
         k = min(len(mine), len(expected)) - 1
-        return f"the ranks have different parameters: number {k}, {longer[k]}, is on rank {where} only (of {rank}, {first})"
+        which = f"number {k}, {longer[k]}, is on rank {where} only (of {rank}, {first})"
+        return f"the ranks have different parameters: {which}"
     return f"the ranks have different options: {mine[-1]} on rank {rank}, and {expected[-1]} on rank {first}"
 
 

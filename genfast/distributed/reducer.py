@@ -28,8 +28,8 @@ class GradientReducer:
         reducer.finish().apply_to(optimizer)
         optimizer.step()
 
-    Buckets follow the order in which rank 0's first backward pass made the gradients. Nothing is copied: they are packed
-    from ``p.grad`` and unpacked into it. Parameters are not broadcast: the ranks begin with equal ones.
+    Buckets follow the order in which rank 0's first backward pass made the gradients. Nothing is copied: they are
+    packed from ``p.grad`` and unpacked into it. Parameters are not broadcast: the ranks begin with equal ones.
 
     Args:
         module_or_named_parameters, wire, process_group, error_feedback, average, grad_scaler, max_norm, timeout: as of

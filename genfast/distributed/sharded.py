@@ -50,8 +50,9 @@ class ShardedReducer:
         loss.backward()
         sharded.step()
 
-    Each rank holds the optimizer's state, and float32 weights, of one part in ``ranks``. Gradients are summed in float32
-    from the wire and are not rounded again. Parameters are sent in their dtype. ``step`` leaves no gradients behind.
+    Each rank holds the optimizer's state, and float32 weights, of one part in ``ranks``. Gradients are summed in
+    float32 from the wire and are not rounded again. Parameters are sent in their dtype. ``step`` leaves no gradients
+    behind.
 
     Args:
         module_or_named_parameters, wire, process_group, error_feedback, average, max_norm, timeout: as of
@@ -91,7 +92,7 @@ class ShardedReducer:
         own = [options_of(name, p) if options_of else {} for name, p in zip(names, parameters)]
         kind = lambda k: (parameters[k].dtype, repr(sorted(own[k].items())))  # noqa: E731
         size = lambda k: parameters[k].numel() * parameters[k].element_size()  # noqa: E731
-        order = sorted(range(len(parameters))[::-1], key=lambda k: str(kind(k)))
+        order = sorted(range(len(parameters)), key=lambda k: (str(kind(k)), -k))
         groups = grouped(order, size, (min(FIRST_BUCKET, bucket_bytes), bucket_bytes), kind)
         exchange = engine.exchange
         # The first rounding's error is fed back; that of a chunk's sum is undone in `_unpacked`.
