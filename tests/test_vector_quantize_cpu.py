@@ -79,7 +79,9 @@ def test_many_rows():
     check_exact(randn(2000, 9), randn(200, 9, seed=1))
 
 
-@pytest.mark.parametrize("size, codes, dtype", [(1, 1024, 0), (3, 1100, 1), (4, 1500, 0), (8, 1025, 2), (13, 1100, 0)])
+@pytest.mark.parametrize(
+    "size, codes, dtype", [(1, 1024, 0), (3, 1100, 1), (4, 5000, 0), (8, 1025, 2), (8, 8200, 1), (13, 1100, 0)]
+)
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 def test_short_codes(size, codes, dtype, spread):
     """Enough rows that a tree of the codes is made; rows near codes, of no use, and far too long among them."""

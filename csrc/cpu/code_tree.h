@@ -1,13 +1,17 @@
 // The nearest code among short ones ("l2"), from a tree of the codes.
 //
-// Codes are halved along the dimension in which they vary most until kLeaf of them are left, a leaf. A row's distance
-// from the box around a leaf is a lower bound of its distances from the codes there. The leaf on a row's side of every
-// split comes first; other leaves are passed over where the box is farther away than the nearest code so far. In a
-// leaf, with a centre c taken out, S = |e - c|^2 / 2 - (z - c) . (e - c) is computed in float32 with
+// Codes are halved along the dimension in which they vary most until kLeaf of them are left, a leaf; kGroup leaves that
+// were split last are a group. A row's distance from the box around a leaf or a group is a lower bound of its distances
+// from the codes there. The group on a row's side of every split is computed whole; of the others, leaves are passed
+// over whose box is farther away than the nearest code so far. With a centre c taken out of rows and codes, a code's
+// score S = |e - c|^2 / 2 - (z - c) . (e - c) is computed in float32 with
 //
 //     |error| <= (2 size + 32) u (|z - c| + L)^2,        L the greatest |e - c|, u a rounding,
 //
 // |z - c|^2 + 2 S being the squared distance. Codes within twice that of the least S are candidates.
+//
+// Boxes and codes lie in lanes, a row's numbers in registers. What passes is first listed and then looked at: a branch
+// for each box would cost more than the box.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,17 +23,22 @@
 namespace genfast {
 namespace {
 
-constexpr int64_t kLeaf = 64;       // codes
+constexpr int64_t kLeaf = 16;       // codes
+constexpr int64_t kGroup = 16;      // leaves
 constexpr int64_t kTreeSize = 16;   // numbers of a code at the most
 constexpr float kTreeHuge = 1e15f;  // lengths above it are left to others
 constexpr int kLeafVectors = kLeaf / kLanes;
 
+// Bits of the lanes in which a <= b.
 inline unsigned not_above(vf a, vf b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  return (unsigned)_mm256_movemask_ps((__m256)(a <= b));
+#elif defined(__SSE2__)
+  return (unsigned)_mm_movemask_ps((__m128)(a <= b));
 #else
   unsigned bits = 0;
-  if (!any(a <= b)) return 0;
   for (int i = 0; i < kLanes; i++) bits |= (unsigned)(a[i] <= b[i]) << i;
   return bits;
 #endif
@@ -37,47 +46,81 @@ inline unsigned not_above(vf a, vf b) {
 
 inline float smallest_lane(vf v) { return -largest_lane(-v); }
 
+// Numbers first + i of the bits i that are set; `to` has room for kLanes. Returns how many.
+inline int64_t list_bits(unsigned bits, int64_t first, int32_t* to) {
+#if defined(__AVX512F__)
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i all = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)first));
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32((__mmask16)bits, all));
+  return __builtin_popcount(bits);
+#else
+  int64_t n = 0;
+  for (; bits; bits &= bits - 1) to[n++] = (int32_t)first + __builtin_ctz(bits);
+  return n;
+#endif
+}
+
 // Numbers of a code in the tree: sizes that have a loop of their own.
 inline int64_t tree_width(int64_t size) { return tiles_of(size, 4) * 4; }
 
 class CodeTree {
  public:
   // Floats that a tree takes for each code, about.
-  static int64_t floats_of(int64_t size) { return kTreeSize + 2 * tree_width(size) + 8; }
+  static int64_t floats_of(int64_t size) { return kTreeSize + tree_width(size) + tree_width(size) / 8 + 6; }
 
-  CodeTree(const Codes& codes, const float* centre)
+  CodeTree(const Codes& codes, const float* centre, int threads)
       : width_(tree_width(codes.size)),
         count_(codes.count),
         leaves_(tiles_of(codes.count, kLeaf)),
-        boxes_(leaves_ * 2 * width_),
-        packed_(leaves_ * leaf_floats()),
-        rows_(codes.count * kTreeSize) {
-    float* row = rows_.data();
-    std::fill(row, row + count_ * kTreeSize, 0.0f);
-    for (int64_t j = 0; j < count_; j++, row += kTreeSize) {
-      load_run(codes.at(j), codes.dtype, codes.size, row);
-      for (int64_t d = 0; d < codes.size; d++) usable_ &= std::abs(row[d]) < kTreeHuge;
-    }
+        groups_(tiles_of(leaves_, kGroup)),
+        packed_((groups_ * kGroup + 1) * leaf_floats()),
+        boxes_(groups_ * box_floats()),
+        group_boxes_(tiles_of(groups_, kGroup) * box_floats()),
+        rows_(codes.count * kTreeSize),
+        order_(codes.count) {
+    usable_ = read(codes, centre, threads);
     if (!usable_) return;
-    order_.resize(count_);
-    for (int64_t j = 0; j < count_; j++) order_[j].code = (int32_t)j;
-    split(0, leaves_);
-    for (int64_t b = 0; b < leaves_; b++) pack(b, centre);
+    while (((int64_t)1 << depth_) < groups_ * kGroup) depth_++;
+    nodes_.resize((size_t)1 << depth_);
+    homes_.resize((size_t)1 << depth_);
+    for (int64_t b = leaves_; b <= groups_ * kGroup; b++) empty_leaf(b);
+    for (int64_t b = leaves_; b < groups_ * kGroup; b++) empty_box(boxes_.data(), b);
+    for (int64_t g = groups_; g < tiles_of(groups_, kGroup) * kGroup; g++) empty_box(group_boxes_.data(), g);
+    // A few splits one after another; what is below them by all threads.
+    std::vector<Part> parts;
+    split({1, 0, 0, leaves_}, threads > 1 ? 3 : 0, &parts);
+    for_each(threads, (int64_t)parts.size(), [] { return 0; }, [&](int, int64_t i) { split(parts[i], -1, nullptr); });
+    for (int64_t g = 0; g < groups_; g++) surround(g);
+    float most = 0;
+    for (int64_t j = 0; j < count_; j++) most = std::max(most, leaf(j / kLeaf)[width_ * kLeaf + j % kLeaf]);
+    farthest_ = std::sqrt(2 * most) * (1 + 64 * (float)kUnit) + 1e-18f;
   }
 
+  // False where a code is too long, or not finite: nothing else may be asked then.
   bool usable() const { return usable_; }
   int64_t width() const { return width_; }
   int64_t leaves() const { return leaves_; }
+  int64_t groups() const { return groups_; }
   float farthest() const { return farthest_; }
-  const float* box(int64_t b) const { return boxes_.data() + b * 2 * width_; }
+  // Of kGroup leaves or groups, from `first` on, a multiple of it: the least numbers [width][kGroup], then the
+  // greatest.
+  const float* boxes(int64_t first) const { return boxes_.data() + first / kGroup * box_floats(); }
+  const float* group_boxes(int64_t first) const { return group_boxes_.data() + first / kGroup * box_floats(); }
+  // Minus the codes, [width][kLeaf], then half of the squared lengths, infinite where there is no code.
   const float* leaf(int64_t b) const { return packed_.data() + b * leaf_floats(); }
-  int64_t code(int64_t b, int64_t place) const { return order_[b * kLeaf + place].code; }
+  // The number of a leaf without codes.
+  int64_t no_leaf() const { return groups_ * kGroup; }
+  int64_t code(int64_t place) const { return order_[place].code; }
 
-  // The leaf on whose side of every split a row lies: rows of one leaf visit about the same leaves.
-  int64_t home(const float* z) const {
-    int64_t at = 0;
-    while (nodes_[at].right) at = z[nodes_[at].dim] < nodes_[at].at ? at + 1 : nodes_[at].right;
-    return nodes_[at].dim;
+  // The leaf on whose side of every split a row lies, of numbers without the centre: rows of one leaf look at about the
+  // same leaves.
+  int32_t home(const float* z) const {
+    size_t at = 1;
+    for (int level = 0; level < depth_; level++) {
+      const Node& node = nodes_[at];
+      at = 2 * at + (size_t)(z[node.dim] >= node.at);
+    }
+    return homes_[at - homes_.size()];
   }
 
  private:
@@ -85,28 +128,65 @@ class CodeTree {
     float key;
     int32_t code;
   };
-  // Its left child comes next; a leaf has no right one, and its number for `dim`.
+  // Its children are 2 i and 2 i + 1. What lies below a leaf always turns to the left.
   struct Node {
-    int32_t dim, right;
-    float at;
+    int32_t dim = 0;
+    float at = std::numeric_limits<float>::infinity();
+  };
+  struct Part {
+    int64_t node;
+    int level;
+    int64_t begin, end;  // leaves
   };
 
   int64_t leaf_floats() const { return (width_ + 1) * kLeaf; }
+  int64_t box_floats() const { return 2 * width_ * kGroup; }
+  float* low(float* boxes, int64_t b) const { return boxes + b / kGroup * box_floats() + b % kGroup; }
 
-  void split(int64_t begin, int64_t end) {
-    const int64_t node = (int64_t)nodes_.size();
-    nodes_.push_back({(int32_t)begin, 0, 0});
-    if (end - begin == 1) return;
-    const int64_t middle = (begin + end) / 2;
+  bool read(const Codes& codes, const float* centre, int threads) {
+    constexpr int64_t kSome = 1024;
+    std::atomic<bool> usable{true};
+    for_each(
+        threads, tiles_of(count_, kSome), [] { return 0; },
+        [&](int, int64_t chunk) {
+          bool fine = true;
+          for (int64_t j = chunk * kSome; j < std::min(count_, (chunk + 1) * kSome); j++) {
+            float* row = rows_.data() + j * kTreeSize;
+            std::fill(row, row + kTreeSize, 0.0f);
+            load_run(codes.at(j), codes.dtype, codes.size, row);
+            for (int64_t d = 0; d < codes.size; d++) {
+              fine &= std::abs(row[d]) < kTreeHuge;
+              row[d] -= centre[d];
+            }
+            order_[j].code = (int32_t)j;
+          }
+          if (!fine) usable = false;
+        });
+    return usable;
+  }
+
+  // Splits a part down to its leaves, or to `last` levels below the root: what is left then is listed.
+  void split(Part part, int last, std::vector<Part>* rest) {
+    const auto [node, level, begin, end] = part;
+    if (end - begin == 1) {
+      homes_[((size_t)node << (depth_ - level)) - homes_.size()] = (int32_t)begin;
+      pack(begin);
+      return;
+    }
+    if (level == last) {
+      rest->push_back(part);
+      return;
+    }
+    const int64_t whole = tiles_of(end - begin, kGroup);
+    const int64_t middle = whole > 1 ? begin + whole / 2 * kGroup : (begin + end) / 2;
     Place *from = order_.data() + begin * kLeaf, *to = order_.data() + std::min(end * kLeaf, count_);
     const int32_t dim = widest(from, to);
     for (Place* p = from; p < to; p++) p->key = rows_.data()[p->code * kTreeSize + dim];
     Place* half = order_.data() + middle * kLeaf;
     std::nth_element(from, half, to, [](const Place& a, const Place& b) { return a.key < b.key; });
-    const float at = half->key;
-    split(begin, middle);
-    nodes_[node] = {dim, (int32_t)nodes_.size(), at};
-    split(middle, end);
+    nodes_[node] = {dim, half->key};
+    split({2 * node, level + 1, begin, middle}, last, rest);
+    split({2 * node + 1, level + 1, middle, end}, last, rest);
   }
 
   // Of the greatest variance, of some of the codes.
@@ -130,211 +210,200 @@ class CodeTree {
     return best;
   }
 
-  void pack(int64_t b, const float* centre) {
-    const int64_t n = std::min(kLeaf, count_ - b * kLeaf);
-    float *to = packed_.data() + b * leaf_floats(), *half = to + width_ * kLeaf;
-    std::fill(to, half, 0.0f);
-    std::fill(half, half + kLeaf, std::numeric_limits<float>::infinity());
-    float *low = boxes_.data() + b * 2 * width_, *high = low + width_;
-    for (int64_t i = 0; i < n; i++) {
-      const float* x = rows_.data() + code(b, i) * kTreeSize;
+  void pack(int64_t b) {
+    empty_leaf(b);
+    float *to = packed_.data() + b * leaf_floats(), *least = low(boxes_.data(), b), *most = least + width_ * kGroup;
+    for (int64_t i = 0; i < std::min(kLeaf, count_ - b * kLeaf); i++) {
+      const float* x = rows_.data() + code(b * kLeaf + i) * kTreeSize;
       float squares = 0;
       for (int64_t d = 0; d < width_; d++) {
-        low[d] = i ? std::min(low[d], x[d]) : x[d];
-        high[d] = i ? std::max(high[d], x[d]) : x[d];
-        const float apart = x[d] - centre[d];
-        to[d * kLeaf + i] = apart;
-        squares += apart * apart;
+        least[d * kGroup] = i ? std::min(least[d * kGroup], x[d]) : x[d];
+        most[d * kGroup] = i ? std::max(most[d * kGroup], x[d]) : x[d];
+        to[d * kLeaf + i] = -x[d];
+        squares += x[d] * x[d];
       }
-      half[i] = 0.5f * squares;
-      farthest_ = std::max(farthest_, std::sqrt(squares) * (1 + 64 * (float)kUnit) + 1e-18f);
+      to[width_ * kLeaf + i] = 0.5f * squares;
     }
   }
 
-  int64_t width_, count_, leaves_;
+  void empty_leaf(int64_t b) {
+    float* to = packed_.data() + b * leaf_floats();
+    std::fill(to, to + width_ * kLeaf, 0.0f);
+    std::fill(to + width_ * kLeaf, to + leaf_floats(), std::numeric_limits<float>::infinity());
+  }
+
+  // A box that is infinitely far away.
+  void empty_box(float* boxes, int64_t b) {
+    for (int64_t d = 0; d < 2 * width_; d++) low(boxes, b)[d * kGroup] = std::numeric_limits<float>::infinity();
+  }
+
+  // Makes the box of a group from those of its leaves.
+  void surround(int64_t g) {
+    const int64_t n = std::min(kGroup, leaves_ - g * kGroup);
+    const float* least = low(boxes_.data(), g * kGroup);
+    float* to = low(group_boxes_.data(), g);
+    for (int64_t d = 0; d < width_; d++) {
+      const float *a = least + d * kGroup, *b = a + width_ * kGroup;
+      to[d * kGroup] = *std::min_element(a, a + n);
+      to[(width_ + d) * kGroup] = *std::max_element(b, b + n);
+    }
+  }
+
+  int64_t width_, count_, leaves_, groups_;
+  int depth_ = 0;
   bool usable_ = true;
   float farthest_ = 0;
-  Floats boxes_;   // of each leaf: the least numbers, then the greatest
-  Floats packed_;  // of each leaf: [width][kLeaf], then half of the squared lengths
-  Floats rows_;    // [count][kTreeSize], the codes as floats
+  Floats packed_, boxes_, group_boxes_;
+  Floats rows_;  // [count][kTreeSize], the codes as floats, without the centre
   std::vector<Place> order_;
-  std::vector<Node> nodes_;
+  std::vector<Node> nodes_;     // from 1 on
+  std::vector<int32_t> homes_;  // the leaves below the lowest nodes
 };
 
-// The nearest codes of a few rows, which lie in lanes when they are compared with a box.
+// The nearest codes of rows, one row after another.
 class TreeSearch {
  public:
-  static constexpr int kRows = kLanes;
+  explicit TreeSearch(const CodeTree& tree, const float* centre)
+      : tree_(tree), centre_(centre), groups_(tree.groups() + 2 * kLanes) {}
 
-  explicit TreeSearch(const CodeTree& tree, const float* centre) : tree_(tree), centre_(centre) {}
+  // The leaf of a row, for `nearest`: rows of one leaf are best looked for one after another.
+  int32_t home(const float* numbers) const {
+    float z[kTreeSize];
+    for (int64_t d = 0; d < tree_.width(); d++) z[d] = numbers[d] - centre_[d];
+    return tree_.home(z);
+  }
 
-  // The codes nearest to `n` rows, of which those that are not `usable` (of length below kTreeHuge) are passed over.
-  // Counts the leaves and the candidates that were looked at.
-  void nearest(const Row* rows, const bool* usable, int n, Candidates& candidates, int64_t* to, int64_t& work) {
+  // The code nearest to a row of length below kTreeHuge. Counts in `work` about how many leaves it took.
+  int64_t nearest(const Row& row, int32_t home, Candidates& candidates, int64_t& work) {
     switch (tree_.width()) {
       case 4:
-        return find<4>(rows, usable, n, candidates, to, work);
+        return find<4>(row, home, candidates, work);
       case 8:
-        return find<8>(rows, usable, n, candidates, to, work);
+        return find<8>(row, home, candidates, work);
       case 12:
-        return find<12>(rows, usable, n, candidates, to, work);
+        return find<12>(row, home, candidates, work);
       default:
-        return find<16>(rows, usable, n, candidates, to, work);
+        return find<16>(row, home, candidates, work);
     }
   }
 
  private:
-  static constexpr int64_t kTurn = 32;  // leaves between looks at how near the nearest codes are
+  static constexpr int64_t kTurn = 64;  // leaves between looks at how near the nearest code is
 
-  // Scores of a leaf, of ROWS rows; of each lane the least, and all of them where `sum` is given.
-  template <int WIDTH, int ROWS>
-  void scores(const float* leaf, const int* rows, vf* most, vf* sum) const {
-    for (int m = 0; m < ROWS; m++) most[m] = splat(std::numeric_limits<float>::infinity());
-    for (int first = 0; first < kLeafVectors; first += 4) {
-      vf part[ROWS][4];
-      for (int m = 0; m < ROWS; m++)
-        for (int v = 0; v < 4; v++) part[m][v] = load<vf>(leaf + WIDTH * kLeaf + (first + v) * kLanes);
+  // Of each lane the least score, in which vector of codes it was, and the least but one.
+  struct Best {
+    vf most, second;
+    vi where;
+  };
+
+  template <int WIDTH>
+  static vf scores(const float* codes, const vf* z) {
+    vf sum = load<vf>(codes + WIDTH * kLeaf);
 #pragma GCC unroll 16
-      for (int d = 0; d < WIDTH; d++) {
-        vf right[4];
-        for (int v = 0; v < 4; v++) right[v] = load<vf>(leaf + d * kLeaf + (first + v) * kLanes);
-        for (int m = 0; m < ROWS; m++) {
-          const vf all = splat(minus_[rows[m]][d]);
-          for (int v = 0; v < 4; v++) part[m][v] = multiply_add(all, right[v], part[m][v]);
-        }
-      }
-      for (int m = 0; m < ROWS; m++) {
-        most[m] = smaller(smaller(smaller(part[m][0], part[m][1]), smaller(part[m][2], part[m][3])), most[m]);
-        for (int v = 0; sum && v < 4; v++) sum[first + v] = part[m][v];
-      }
-    }
-  }
-
-  // Keeps of each lane the least score, where it was, and the least but one of the leaves.
-  template <int WIDTH, int ROWS>
-  void visit(int64_t b, const int* rows) {
-    vf found[ROWS];
-    scores<WIDTH, ROWS>(tree_.leaf(b), rows, found, nullptr);
-    for (int m = 0; m < ROWS; m++) {
-      const int r = rows[m];
-      const vf most = most_[r];
-      const vi better = (vi)(found[m] < most);
-      second_[r] = smaller(larger(found[m], most), second_[r]);
-      where_[r] = (better & (vi{} + (int)b)) | (~better & where_[r]);
-      most_[r] = smaller(found[m], most);
-    }
-  }
-
-  // Not less than the squared distance of the nearest code so far, with room for what the bounds were rounded.
-  float cut(int r) const {
-    return (squares_[r] + 2 * smallest_lane(most_[r]) + 4 * error_[r]) * (1 + 64 * (float)kUnit) + 4 * error_[r];
+    for (int d = 0; d < WIDTH; d++) sum = multiply_add(z[d], load<vf>(codes + d * kLeaf), sum);
+    return sum;
   }
 
   template <int WIDTH>
-  void find(const Row* rows, const bool* usable, int n, Candidates& candidates, int64_t* to, int64_t& work) {
-    alignas(64) float across[WIDTH][kRows] = {}, limits[kRows];
-    const vf infinite = splat(std::numeric_limits<float>::infinity());
-    std::fill(limits, limits + kRows, -1.0f);
-    int64_t home[kRows];
-    for (int r = 0; r < n; r++) {
-      if (!usable[r]) continue;
-      const float* z = rows[r].numbers;
-      float squares = 0;
-      for (int d = 0; d < WIDTH; d++) {
-        const float apart = z[d] - centre_[d];
-        squares += apart * apart;
-        minus_[r][d] = -apart, across[d][r] = z[d];
-      }
-      const float reach = std::sqrt(squares) * (1 + 64 * (float)kUnit) + 1e-18f + tree_.farthest();
-      squares_[r] = squares;
-      error_[r] = (2 * WIDTH + 32) * (float)kUnit * reach * reach + 64 * (float)kSmallest;
-      most_[r] = second_[r] = infinite, where_[r] = vi{};
-      home[r] = tree_.home(z);
-      visit<WIDTH, 1>(home[r], &r);
-      limits[r] = cut(r);
+  void visit(int64_t b, const vf* z, Best& best) const {
+    for (int v = 0; v < kLeafVectors; v++) {
+      const vf sum = scores<WIDTH>(tree_.leaf(b) + v * kLanes, z);
+      best.second = smaller(larger(sum, best.most), best.second);
+      best.where = sum < best.most ? vi{} + (int)(b * kLeafVectors + v) : best.where;
+      best.most = smaller(sum, best.most);
     }
-    int64_t seen = 0;
+  }
+
+  // The squared distances of kLanes boxes.
+  template <int WIDTH>
+  static vf apart(const float* boxes, const vf* z) {
+    vf even{}, odd{};
+#pragma GCC unroll 16
+    for (int d = 0; d < WIDTH; d += 2) {
+      const auto outside = [&](int d) {
+        return z[d] - smaller(larger(z[d], load<vf>(boxes + d * kGroup)), load<vf>(boxes + (WIDTH + d) * kGroup));
+      };
+      const vf a = outside(d), b = outside(d + 1);
+      even = multiply_add(a, a, even), odd = multiply_add(b, b, odd);
+    }
+    return even + odd;
+  }
+
+  template <int WIDTH>
+  int64_t find(const Row& row, int32_t home, Candidates& candidates, int64_t& work) {
+    alignas(64) float centred[WIDTH];
+    float squares = 0;
+    for (int d = 0; d < WIDTH; d++) {
+      centred[d] = row.numbers[d] - centre_[d];
+      squares += centred[d] * centred[d];
+    }
+    const float reach = std::sqrt(squares) * (1 + 64 * (float)kUnit) + 1e-18f + tree_.farthest();
+    const float error = (2 * WIDTH + 32) * (float)kUnit * reach * reach + 64 * (float)kSmallest;
     vf z[WIDTH];
-    for (int d = 0; d < WIDTH; d++) z[d] = load<vf>(across[d]);
-    for (int64_t begin = 0; begin < tree_.leaves(); begin += kTurn) {
-      const vf limit = load<vf>(limits);
-      const int64_t before = seen;
-      for (int64_t b = begin; b < std::min(tree_.leaves(), begin + kTurn); b++) {
-        const float* box = tree_.box(b);
-        vf even{}, odd{};
-#pragma GCC unroll 16
-        for (int d = 0; d < WIDTH; d += 2) {
-          const vf a = z[d] - smaller(larger(z[d], splat(box[d])), splat(box[WIDTH + d]));
-          const vf c = z[d + 1] - smaller(larger(z[d + 1], splat(box[d + 1])), splat(box[WIDTH + d + 1]));
-          even = multiply_add(a, a, even), odd = multiply_add(c, c, odd);
-        }
-        unsigned bits = not_above(even + odd, limit);
-        int list[kRows], count = 0, i = 0;
-        for (; bits; bits &= bits - 1) {
-          list[count] = __builtin_ctz(bits);
-          count += home[list[count]] != b;
-        }
-        for (; i + 2 <= count; i += 2) visit<WIDTH, 2>(b, list + i);
-        if (i < count) visit<WIDTH, 1>(b, list + i);
-        seen += count;
-      }
-      for (int r = 0; seen > before && r < n; r++)
-        if (usable[r]) limits[r] = cut(r);
-    }
-    work += seen;
-    for (int r = 0; r < n; r++)
-      if (usable[r]) to[r] = choose<WIDTH>(rows[r], r, candidates, work);
-  }
-
-  // The nearest code of row r once all leaves have been seen or ruled out.
-  template <int WIDTH>
-  int64_t choose(const Row& row, int r, Candidates& candidates, int64_t& work) {
-    const vf under = splat(smallest_lane(most_[r]) + 2 * error_[r]);
-    int64_t only = -1, count = 0;
-    const auto offer = [&](int64_t b) {
-      vf sum[kLeafVectors], ignored;
-      scores<WIDTH, 1>(tree_.leaf(b), &r, &ignored, sum);
-      for (int v = 0; v < kLeafVectors; v++)
-        for (unsigned bits = not_above(sum[v], under); bits; bits &= bits - 1) {
-          if (count == 1) {
-            candidates.begin(row);
-            candidates.offer(only);
-          }
-          const int64_t j = tree_.code(b, v * kLanes + __builtin_ctz(bits));
-          if (count++) candidates.offer(j);
-          only = j;
-        }
+    for (int d = 0; d < WIDTH; d++) z[d] = splat(centred[d]);
+    const vf infinite = splat(std::numeric_limits<float>::infinity());
+    Best best{infinite, infinite, vi{}};
+    // Not less than the squared distance of the nearest code so far, with room for what the bounds were rounded.
+    const auto cut = [&] {
+      return splat((squares + 2 * smallest_lane(best.most) + 4 * error) * (1 + 64 * (float)kUnit) + 4 * error);
     };
-    if (not_above(second_[r], under)) {
+
+    const int64_t own = home / kGroup;
+    for (int64_t i = 0; i < kGroup; i++) visit<WIDTH>(own * kGroup + i, z, best);
+    vf limit = cut();
+    int64_t groups = 0;
+    for (int64_t g = 0; g < tree_.groups(); g += kLanes) {
+      const float* boxes = tree_.group_boxes(g) + g % kGroup;
+      unsigned bits = not_above(apart<WIDTH>(boxes, z), limit);
+      if (g == own / kLanes * kLanes) bits &= ~(1u << own % kLanes);
+      groups += list_bits(bits, g, groups_.data() + groups);
+    }
+    int32_t leaves[kTurn + kGroup + kLanes];
+    int64_t listed = 0, seen = 0;
+    const auto look = [&] {
+      for (int64_t i = 0; i < listed; i++) visit<WIDTH>(leaves[i], z, best);
+      seen += listed, listed = 0;
+    };
+    for (int64_t i = 0; i < groups; i++) {
+      if (listed >= kTurn) {
+        look();
+        limit = cut();
+      }
+      const int64_t first = groups_[i] * kGroup;
+      for (int64_t b = 0; b < kGroup; b += kLanes)
+        listed += list_bits(not_above(apart<WIDTH>(tree_.boxes(first) + b, z), limit), first + b, leaves + listed);
+    }
+    look();
+    work += kGroup + seen + 2 * groups + tree_.groups() / kLanes * 2;
+
+    const vf under = splat(smallest_lane(best.most) + 2 * error);
+    const unsigned left = not_above(best.most, under);
+    const auto code_at = [&](int64_t vector, unsigned bits) {
+      return tree_.code(vector * kLanes + __builtin_ctz(bits));
+    };
+    if (not_above(best.second, under)) {
       // A lane may have lost a candidate.
-      for (int64_t b = 0; b < tree_.leaves(); b++) offer(b);
+      candidates.begin(row);
+      for (int64_t v = 0; v < tree_.leaves() * kLeafVectors; v++) {
+        const float* codes = tree_.leaf(v / kLeafVectors) + v % kLeafVectors * kLanes;
+        for (unsigned bits = not_above(scores<WIDTH>(codes, z), under); bits; bits &= bits - 1)
+          candidates.offer(code_at(v, bits));
+      }
       work += tree_.leaves();
     } else {
-      for (unsigned bits = not_above(most_[r], under); bits; bits &= bits - 1) {
-        const int64_t b = where_[r][__builtin_ctz(bits)];
-        if (!seen_before(r, bits, under)) offer(b);
-      }
+      if (!(left & (left - 1))) return code_at(best.where[__builtin_ctz(left)], left);
+      candidates.begin(row);
+      for (unsigned bits = left; bits; bits &= bits - 1)
+        candidates.offer(code_at(best.where[__builtin_ctz(bits)], bits));
     }
-    work += count;
-    if (count > 1) candidates.finish(&only);
-    return only;
-  }
-
-  // Whether a lane before the lowest of `bits` led to the same leaf.
-  bool seen_before(int r, unsigned bits, vf under) const {
-    const int lane = __builtin_ctz(bits);
-    unsigned before = not_above(most_[r], under) & ((1u << lane) - 1);
-    for (; before; before &= before - 1)
-      if (where_[r][__builtin_ctz(before)] == where_[r][lane]) return true;
-    return false;
+    int64_t found;
+    candidates.finish(&found);
+    return found;
   }
 
   const CodeTree& tree_;
   const float* centre_;
-  alignas(64) float minus_[kRows][kTreeSize];
-  vf most_[kRows], second_[kRows];
-  vi where_[kRows];
-  float squares_[kRows], error_[kRows];
+  std::vector<int32_t> groups_;
 };
 
 }  // namespace

@@ -30,12 +30,16 @@ constexpr int64_t kCentreCodes = 256;  // whose mean is taken out
 constexpr double kShareOfScores = 0.01;
 constexpr int64_t kMostBytes = 4 << 20, kSomeRows = 1024, kBytesOfSome = 1 << 20;
 
-// The same share, in floats to a code, for a tree of the codes; rows that tell whether it is of use, the share of the
-// codes that they may look at, and rows that a thread takes at a time.
+// The same share, in floats to a code, for a tree of the codes; rows that tell whether it is of use, and rows that a
+// thread takes at a time.
 constexpr double kShareOfTree = 0.018;
 constexpr int64_t kTreeSamples = 128, kTreeRows = 128;
-constexpr int64_t kLeastTreeRows = 4096;  // fewer do not pay for the tree
-constexpr double kWorthATree = 0.4;
+constexpr int64_t kLeastTreeRows = 4096, kLeastTreeCodes = 1024;  // fewer do not pay for the tree
+
+// What a leaf costs that is looked at in the tree, and what a row costs without the tree beside its scores, both in the
+// time that as many scores take without it. Measured.
+constexpr double kRowCost = kBytes ? 290 : 16;
+inline double leaf_cost(int64_t width) { return kBytes ? 2.2 + 0.44 * (double)width : 1.3 + 0.07 * (double)width; }
 
 enum RowState : char { kNormal, kNotFinite, kOutOfRange };
 
@@ -323,17 +327,17 @@ void offer_found(const int64_t* found, int64_t k, Candidates& candidates) {
     if (found[i] >= 0) candidates.offer(found[i]);
 }
 
-void write_distances(const Problem& p, int64_t first, int64_t n, Space& w, int64_t place = 0) {
+void write_distances(const Problem& p, int64_t first, int64_t n, Space& w) {
   for (int64_t i = 0; i < n; i++) {
     const int64_t* index = p.indices(first + i);
     float* to = p.distances(first + i);
-    const float* z = w.row[place + i].numbers;
+    const float* z = w.row[i].numbers;
     double squares = 0;
     for (int64_t d = 0; d < p.a.size; d++) squares += (double)z[d] * z[d];
     for (int64_t r = 0; r < p.a.k; r++) {
       if (index[r] < 0) {
         const float none = p.a.metric == kL2 ? INFINITY : -INFINITY;
-        to[r] = w.state[place + i] == kNotFinite ? NAN : none;
+        to[r] = w.state[i] == kNotFinite ? NAN : none;
         continue;
       }
       double score = w.distance.exact(z, index[r]);
@@ -376,7 +380,7 @@ void end_rows(const Problem& p, int64_t first, int64_t n, Space& w) {
 bool may_have_tree(const Problem& p) {
   const NearestArgs& a = p.a;
   return a.metric == kL2 && a.k == 1 && !a.packed && !a.sum && a.size <= kTreeSize && p.rows >= kLeastTreeRows &&
-         a.count >= 16 * kLeaf && kShareOfTree * (double)p.rows >= (double)CodeTree::floats_of(a.size) &&
+         a.count >= kLeastTreeCodes && kShareOfTree * (double)p.rows >= (double)CodeTree::floats_of(a.size) &&
          a.count <= INT32_MAX && p.rows <= INT32_MAX;
 }
 
@@ -389,7 +393,7 @@ bool run_tree(const Problem& p) {
   float* const centre = memory.data();
   std::fill(centre, centre + padded(kTreeSize), 0.0f);
   find_centre(p, centre);
-  const CodeTree tree(p.codes, centre);
+  const CodeTree tree(p.codes, centre, threads);
   if (!tree.usable()) return false;
 
   struct TreeSpace {
@@ -397,59 +401,47 @@ bool run_tree(const Problem& p) {
     TreeSearch search;
   };
   const auto make = [&] { return TreeSpace{Space(p, 1, 1), TreeSearch(tree, centre)}; };
-  // The nearest codes of up to kRows rows, and how much there was to look at.
-  const auto find = [&](TreeSpace& s, const int32_t* row, int n, int64_t* index) {
+  // The nearest code of a row, whose home is -1 if it is not known yet; adds to `work` how many leaves it took.
+  const auto find = [&](TreeSpace& s, int64_t row, int32_t home, int64_t& work) {
     Space& w = s.space;
-    bool usable[TreeSearch::kRows];
-    int64_t work = 0;
-    for (int i = 0; i < n; i++) {
-      begin_row(p, row[i], i, w);
-      index[i] = -1;
-      usable[i] = w.state[i] != kNotFinite && w.row[i].length < (double)kTreeHuge;
-    }
-    s.search.nearest(w.row, usable, n, w.candidates, index, work);
-    for (int i = 0; i < n; i++) {
-      if (usable[i] || w.state[i] == kNotFinite) continue;
-      w.candidates.begin(w.row[i]);
-      offer_all(p, 0, a.count, w.candidates);
-      w.candidates.finish(index + i);
-      work += tree.leaves();
-    }
-    return work;
+    begin_row(p, row, 0, w);
+    int64_t index = -1;
+    if (w.state[0] == kNotFinite) return index;
+    if (w.row[0].length < (double)kTreeHuge)
+      return s.search.nearest(w.row[0], home < 0 ? s.search.home(w.row[0].numbers) : home, w.candidates, work);
+    w.candidates.begin(w.row[0]);
+    offer_all(p, 0, a.count, w.candidates);
+    w.candidates.finish(&index);
+    work += tree.leaves();
+    return index;
   };
 
   std::vector<int64_t> work(kTreeSamples, 0);
-  for_each(threads, kTreeSamples, make, [&](TreeSpace& s, int64_t i) {
-    int64_t index;
-    const int32_t row = (int32_t)(rows / kTreeSamples * i);
-    work[i] = find(s, &row, 1, &index);
-  });
+  for_each(threads, kTreeSamples, make,
+           [&](TreeSpace& s, int64_t i) { find(s, rows / kTreeSamples * i, -1, work[i]); });
   int64_t total = 0;
   for (int64_t w : work) total += w;
-  if ((double)total > kWorthATree * (double)(kTreeSamples * tree.leaves())) return false;
+  if ((double)total * leaf_cost(tree.width()) > kTreeSamples * ((double)tree.leaves() + kRowCost)) return false;
 
-  // Rows of one leaf after another, so that what they visit is in the caches.
+  // Rows of one leaf after another, so that what they look at is in the caches.
   std::vector<int32_t> home(rows), order(rows);
-  for_each(
-      threads, tiles_of(rows, kRowChunk), [&] { return std::vector<float>(kRowChunk * padded(kTreeSize)); },
-      [&](std::vector<float>& numbers, int64_t chunk) {
-        const int64_t first = chunk * kRowChunk, n = std::min(kRowChunk, rows - first), width = padded(a.size);
-        load_rows(p, first, n, width, numbers.data());
-        for (int64_t i = 0; i < n; i++) home[first + i] = (int32_t)tree.home(numbers.data() + i * width);
-      });
+  for_each(threads, tiles_of(rows, kRowChunk), make, [&](TreeSpace& s, int64_t chunk) {
+    const int64_t first = chunk * kRowChunk, n = std::min(kRowChunk, rows - first), width = s.space.width;
+    float* numbers = s.space.numbers.data();
+    load_rows(p, first, n, width, numbers);
+    for (int64_t i = 0; i < n; i++) home[first + i] = s.search.home(numbers + i * width);
+  });
   std::vector<int64_t> next(tree.leaves() + 1, 0);
   for (int64_t i = 0; i < rows; i++) next[home[i] + 1]++;
   for (int64_t b = 0; b < tree.leaves(); b++) next[b + 1] += next[b];
   for (int64_t i = 0; i < rows; i++) order[next[home[i]]++] = (int32_t)i;
 
   for_each(threads, tiles_of(rows, kTreeRows), make, [&](TreeSpace& s, int64_t chunk) {
-    const int64_t end = std::min(rows, (chunk + 1) * kTreeRows);
-    for (int64_t i = chunk * kTreeRows; i < end; i += TreeSearch::kRows) {
-      const int n = (int)std::min<int64_t>(TreeSearch::kRows, end - i);
-      int64_t index[TreeSearch::kRows];
-      find(s, order.data() + i, n, index);
-      for (int r = 0; r < n; r++) *p.indices(order[i + r]) = index[r];
-      for (int r = 0; a.distances && r < n; r++) write_distances(p, order[i + r], 1, s.space, r);
+    for (int64_t i = chunk * kTreeRows; i < std::min(rows, (chunk + 1) * kTreeRows); i++) {
+      const int64_t row = order[i];
+      int64_t ignored = 0;
+      *p.indices(row) = find(s, row, home[row], ignored);
+      if (a.distances) write_distances(p, row, 1, s.space);
     }
   });
   return true;
