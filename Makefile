@@ -12,7 +12,8 @@ K_DIFFUSION := k-diffusion==0.1.1.post1
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 KERNEL_TESTS := $(addprefix $(CURDIR)/tests/test_,sampler_step.py random.py token_sampling.py token_transfer.py \
 	token_head.py token_transition.py token_masking.py \
-	attention.py attention_cached.py attention_mask.py)
+	attention.py attention_cached.py attention_mask.py \
+	vector_quantize.py vector_quantize_cpu.py code_update.py residual_quantize.py scalar_quantize.py gradient_bucket.py)
 
 .PHONY: demo test bench lint build wheel sanitize test-torch-compat clean
 
