@@ -1,4 +1,4 @@
-"""``VectorQuantizer2`` of ``genfast.dropin.var`` beside the arithmetic that VAR publishes (``models/quant.py``) in eager
+"""``VectorQuantizer2`` of ``genfast.dropin.var`` beside the arithmetic VAR publishes (``models/quant.py``) in eager
 PyTorch."""
 
 import pytest
