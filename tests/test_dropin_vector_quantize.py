@@ -20,6 +20,7 @@ except ImportError as unsupported:
     pytest.skip(str(unsupported), allow_module_level=True)
 
 import genfast.dropin.vector_quantize_pytorch as ours
+from genfast.dropin.vector_quantize_pytorch import residual_vq as stack_module
 from genfast.dropin.vector_quantize_pytorch import vector_quantize as module
 from genfast.ops.vector_quantize import nearest_code
 
@@ -52,6 +53,19 @@ def fused(monkeypatch):
 
     wanted = module.nearest
     monkeypatch.setattr(module, "nearest", nearest)
+    return calls
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """How often a whole stack ran in one call."""
+    calls, wanted = [], stack_module.residual_quantize
+
+    def residual_quantize(*args, **kwargs):
+        calls.append(len(args[1]))
+        return wanted(*args, **kwargs)
+
+    monkeypatch.setattr(stack_module, "residual_quantize", residual_quantize)
     return calls
 
 
@@ -349,6 +363,52 @@ def test_residual_images(shared, fused):
     same(found[0].flatten(2).mT, expected[0])
 
 
+@pytest.mark.parametrize("name", ["plain", "sizes", "projection", "dropout", "shared"])
+def test_a_stack_in_one_call(name, whole, fused):
+    mine, theirs = pair("ResidualVQ", **{"num_quantizers": 3, **STACKS[name]})
+    mine.eval(), theirs.eval()
+    x = randn(3, 20, DIM)
+    got, expected = mine(x, return_all_codes=True), theirs(x, return_all_codes=True)
+    assert len(whole) == 1 and not fused
+    mine.layers[0].register_forward_hook(lambda *_: None)
+    by_layers = mine(x)
+    assert len(whole) == 1 and len(fused) == len(mine.layers)
+    for a, b, c in zip(got, expected, by_layers):
+        same(a, b)
+        same(a, c, rtol=0, atol=1e-6)
+    same(got[3], expected[3])
+
+
+def test_a_stack_in_one_call_of_images_and_groups(whole, fused):
+    image = ours.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=24, accept_image_fmap=True).eval()
+    x = randn(2, DIM, 3, 4)
+    codes, indices, losses = image(x)
+    assert codes.shape == x.shape and indices.shape == (2, 3, 4, 2) and losses.shape == (2,) and len(whole) == 1
+    same(image.get_output_from_indices(indices).movedim(-1, 1), codes)
+    mine, theirs = (q.eval() for q in pair("GroupedResidualVQ", num_quantizers=2, groups=3))
+    for a, b in zip(mine(randn(3, 20, DIM)), theirs(randn(3, 20, DIM))):
+        same(a, b)
+    assert len(whole) == 4 and not fused
+
+
+def test_a_stack_that_does_more_runs_by_layers(whole, fused):
+    x = randn(2, 10, DIM)
+    stack = dict(dim=DIM, num_quantizers=2, codebook_size=24)
+    ours.ResidualVQ(**stack).train()(x)
+    ours.ResidualVQ(**stack, use_cosine_sim=True).eval()(x)
+    ours.ResidualVQ(**stack).eval()(x, mask=torch.ones(2, 10, dtype=torch.bool))
+    ours.ResidualVQ(**stack).eval()(x.bfloat16())
+    ours.ResidualVQ(**stack, kmeans_init=True).eval()(randn(2, 30, DIM))
+    ours.ResidualVQ(**stack, learnable_codebook=True, ema_update=False).eval()(x)
+    assert not whole and len(fused) == 12
+    mine, theirs = (q.eval() for q in pair("ResidualVQ", num_quantizers=2))
+    x[0, 1, 3] = torch.nan
+    assert torch.equal(mine(x)[1], theirs(x)[1]) and len(fused) == 14
+    with torch.no_grad():
+        ours.ResidualVQ(**stack, learnable_codebook=True, ema_update=False).eval()(randn(2, 10, DIM))
+    assert len(fused) == 14
+
+
 @pytest.mark.parametrize("options", [dict(beam_size=2), dict(implicit_neural_codebook=True), dict(diveq=True)])
 def test_residual_by_the_peers_loop(options):
     mine, theirs = pair("ResidualVQ", num_quantizers=2, **options)
@@ -384,7 +444,7 @@ def test_patch_and_unpatch():
     assert peer.residual_vq.VectorQuantize is THEIRS["VectorQuantize"]
 
 
-def test_a_model_that_exists_is_adopted(fused):
+def test_a_model_that_exists_is_adopted(whole):
     theirs = torch.nn.Sequential(peer.GroupedResidualVQ(dim=DIM, groups=2, num_quantizers=2, codebook_size=8)).eval()
     x = randn(3, 20, DIM)
     expected = theirs(x)
@@ -392,7 +452,7 @@ def test_a_model_that_exists_is_adopted(fused):
     assert adopted is theirs and type(theirs[0]) is ours.GroupedResidualVQ
     for a, b in zip(adopted(x), expected):
         same(a, b)
-    assert len(fused) == 4
+    assert len(whole) == 2
 
 
 def test_the_peer_is_imported_only_when_asked_for():

@@ -99,12 +99,31 @@ def test_float64_runs_the_reference():
     torch.testing.assert_close(errors[:, -1], (z - z_q).square().sum(1))
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_stages_of_their_own(place):
+    """A sequence of codebooks of several sizes, dtypes and layouts, read where they lie."""
+    z = randn(50, 8)
+    books = [randn(20, 8, seed=1), randn(8, 7, seed=2).T, randn(40, 8, seed=3).bfloat16()]
+    with on(place):
+        indices, z_q = residual_quantize(z, books)
+    residual = z
+    for q, book in enumerate(books):
+        index = nearest_code(residual, book)
+        assert torch.equal(indices[:, q], index)
+        residual = residual - book[index].float()
+    torch.testing.assert_close(z_q, z - residual)
+    grouped = residual_quantize(z, [randn(2, 9, 4), randn(2, 5, 4)])[0]
+    assert grouped.shape == (50, 2, 2) and int(grouped[..., 1].max()) < 5
+
+
 def test_refusals():
     z, codebooks = randn(4, 6), randn(2, 5, 6)
     for name, call in {
         r"codebooks is \[5, 6\]": lambda: residual_quantize(z, codebooks[0]),
         r"expected 7 in dimension 1": lambda: residual_quantize(z, randn(2, 5, 7)),
         "dim must be": lambda: residual_quantize(z, codebooks, dim=2),
+        "no stages": lambda: residual_quantize(z, []),
+        r"codebooks\[1\] is \[5, 4\]": lambda: residual_quantize(z, [codebooks[0], randn(5, 4)]),
         "metric must be": lambda: residual_quantize(z, codebooks, metric="l1"),
         "precision must be": lambda: residual_quantize(z, codebooks, precision="high"),
         "nonfinite must be": lambda: residual_quantize(z, codebooks, nonfinite="skip"),
@@ -119,7 +138,8 @@ def test_refusals():
 def test_torch_library():
     z, codebooks = randn(4, 5, 1, 6), randn(1, 2, 7, 6)
     for wanted in (True, False):
-        torch.library.opcheck(torch.ops.genfast.residual_quantize.default, (z, codebooks, "l2", True, wanted))
+        stages = list(codebooks.unbind(1))
+        torch.library.opcheck(torch.ops.genfast.residual_quantize.default, (z, stages, "l2", True, wanted))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(z, codebooks):

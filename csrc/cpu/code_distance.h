@@ -26,7 +26,23 @@ struct Codes {
   int64_t stride, count, size;
 
   const char* at(int64_t j) const { return data + j * stride * size_of(dtype); }
-  bool equal(int64_t i, int64_t j) const { return std::memcmp(at(i), at(j), size * size_of(dtype)) == 0; }
+  // As numbers are, +0 and -0.
+  bool equal(int64_t i, int64_t j) const {
+    if (dtype == kFloat32) return same<uint32_t>(at(i), at(j));
+    return same<uint16_t>(at(i), at(j));
+  }
+
+ private:
+  template <class Word>
+  bool same(const char* a, const char* b) const {
+    for (int64_t d = 0; d < size; d++) {
+      Word x, y;
+      std::memcpy(&x, a + d * sizeof(Word), sizeof(Word));
+      std::memcpy(&y, b + d * sizeof(Word), sizeof(Word));
+      if (x != y && (Word)((x | y) << 1)) return false;
+    }
+    return true;
+  }
 };
 
 // n <= kLanes numbers at p, and zeros after them. What the instruction set does not convert comes as floats.

@@ -13,16 +13,17 @@ namespace genfast {
 void residual_quantize(const ResidualArgs& a) {
   NearestArgs stage = a.stage;
   const int64_t rows = stage.batch * stage.length * stage.groups;
-  const Floats residual(a.stages > 1 ? rows * stage.size : 0);
-  for (int64_t q = 0; q < a.stages; q++) {
-    stage.first = q == 0;
-    stage.residual = q + 1 < a.stages ? residual.data() : nullptr;
+  const Floats residual(a.stages.size() > 1 ? rows * stage.size : 0);
+  for (const StageCodes& book : a.stages) {
+    stage.first = &book == &a.stages.front();
+    stage.residual = &book == &a.stages.back() ? nullptr : residual.data();
+    stage.codes = book.codes, stage.codes_dtype = book.dtype, stage.count = book.count;
+    stage.codes_group_stride = book.group_stride, stage.code_stride = book.code_stride;
     nearest_code(stage);
     stage.z = reinterpret_cast<const char*>(residual.data());
     stage.z_dtype = kFloat32;
     stage.number_stride = 1, stage.z_group_stride = stage.size;
     stage.row_stride = stage.groups * stage.size, stage.batch_stride = stage.length * stage.row_stride;
-    stage.codes += a.stage_stride * size_of(stage.codes_dtype);
     stage.indices += rows;
     if (stage.errors) stage.errors += rows;
   }

@@ -1,13 +1,21 @@
 // Arguments of the CPU kernel of `residual_quantize`. Strides count elements.
 #pragma once
+#include <vector>
+
 #include "cpu/vector_quantize.h"
 
 namespace genfast {
 
+// As in NearestArgs.
+struct StageCodes {
+  const char* codes;
+  int dtype;
+  int64_t group_stride, code_stride, count;
+};
+
 struct ResidualArgs {
-  NearestArgs stage;  // of the first stage; `indices` and `errors` are [stages, batch, length, groups]
-  int64_t stages = 0;
-  int64_t stage_stride = 0;  // from a stage's codebook to the next one's
+  NearestArgs stage;  // without codes; `indices` and `errors` are [stages, batch, length, groups]
+  std::vector<StageCodes> stages;
 };
 
 void residual_quantize(const ResidualArgs& a);

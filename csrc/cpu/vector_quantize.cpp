@@ -23,7 +23,9 @@ namespace genfast {
 namespace {
 
 constexpr int64_t kMostGroups = 256;   // of a row
-constexpr int64_t kCentreCodes = 256;  // whose mean is taken out
+constexpr int64_t kCentreCodes = 256;  // that say where the centre is taken out
+constexpr int kCentreTurns = 12;       // at the most; the last makes the sum of distances no less than this share of it
+constexpr double kCentreGain = 0.95;
 
 // Bytes of codes that are packed at a time: a share of what the matrix of scores would take, about what the caches hold
 // at the most; but a few rows are not to make many turns.
@@ -81,24 +83,50 @@ void load_rows(const Problem& p, int64_t first, int64_t n, int64_t width, float*
   }
 }
 
-// Any centre is right; the mean of some codes makes short vectors of those that have much in common.
+// Any centre is right, and the bounds are as wide as codes are far from it. The point with the least sum of distances
+// from some codes (Weiszfeld 1937: a mean in which each weighs one over its distance) makes short vectors of those that
+// have much in common, whichever few are far away.
 void find_centre(const Problem& p, float* centre) {
-  const int64_t size = p.codes.size, step = std::max<int64_t>(p.codes.count / kCentreCodes, 1);
-  std::vector<double> sum(size, 0.0);
-  std::vector<float> code(size);
-  double used = 0;
-  for (int64_t j = 0; j < p.codes.count; j += step) {
-    load_run(p.codes.at(j), p.codes.dtype, size, code.data());
-    double squares = 0;
-    for (int64_t d = 0; d < size; d++) squares += (double)code[d] * code[d];
-    if (!(squares < (double)kHuge * kHuge)) continue;
-    double shrink = 1;
-    if (p.a.metric == kCosine) shrink = 1 / std::max(std::sqrt(squares), kShortest);
-    for (int64_t d = 0; d < size; d++) sum[d] += code[d] * shrink;
-    used++;
+  const int64_t size = p.codes.size, width = padded(size);
+  const int64_t step = std::max<int64_t>(p.codes.count / kCentreCodes, 1);
+  const Floats memory(3 * width);
+  float *const code = memory.data(), *const sum = code + width, *const last = sum + width;
+  std::fill(code, code + width, 0.0f);
+  std::fill(centre, centre + width, 0.0f);
+  double before = kInfinite;
+  for (int turn = 0; turn < kCentreTurns; turn++) {
+    double distances = 0, weights = 0;
+    std::fill(sum, sum + width, 0.0f);
+    for (int64_t j = 0; j < p.codes.count; j += step) {
+      load_run(p.codes.at(j), p.codes.dtype, size, code);
+      const float squares = measure(code, width).squares;
+      if (!(squares < kHuge * kHuge)) continue;
+      const vf shrink = splat(p.a.metric == kCosine ? 1 / std::max(std::sqrt(squares), (float)kShortest) : 1.0f);
+      float weight = 1;  // to begin with, the mean
+      if (turn > 0) {
+        vf apart{};
+        for (int64_t d = 0; d < width; d += kLanes) {
+          const vf from = load<vf>(code + d) * shrink - load<vf>(centre + d);
+          apart = multiply_add(from, from, apart);
+        }
+        const float distance = std::sqrt(sum_of(apart));
+        distances += distance, weight = 1 / std::max(distance, 1e-18f);
+      }
+      weights += weight;
+      const vf scaled = splat(weight) * shrink;
+      for (int64_t d = 0; d < width; d += kLanes)
+        store(sum + d, multiply_add(scaled, load<vf>(code + d), load<vf>(sum + d)));
+    }
+    if (weights == 0) return;
+    if (turn > 0) {
+      if (!(distances < before)) std::copy(last, last + width, centre);
+      if (!(distances < kCentreGain * before)) return;
+      before = distances;
+    }
+    std::copy(centre, centre + width, last);
+    const vf share = splat((float)(1 / weights));
+    for (int64_t d = 0; d < width; d += kLanes) store(centre + d, load<vf>(sum + d) * share);
   }
-  std::fill(centre, centre + padded(size), 0.0f);
-  for (int64_t d = 0; d < size; d++) centre[d] = used ? (float)(sum[d] / used) : 0.0f;
 }
 
 // What a thread works in.
@@ -300,9 +328,8 @@ void offer_packed(const Problem& p, int64_t i, int64_t first, int64_t blocks, in
       if (!any(load<vf>(summary + s * kLanes) <= splat(cut))) continue;
       for (int64_t g = s * kSummed; g < std::min(groups, (s + 1) * kSummed); g++) {
         float* from = least + g * kLanes;
-        if (!any(load<vf>(from) <= splat(cut))) continue;
-        for (int lane = 0; lane < kLanes; lane++) {
-          if (!(from[lane] <= cut)) continue;
+        for (unsigned lanes = not_above(load<vf>(from), splat(cut)); lanes; lanes &= lanes - 1) {
+          const int lane = __builtin_ctz(lanes);
           from[lane] = std::numeric_limits<float>::quiet_NaN();  // not twice
           hits.add(g, lane);
         }
@@ -350,23 +377,32 @@ void write_distances(const Problem& p, int64_t first, int64_t n, Space& w) {
 // What is left of the rows without their codes. A row without a code leaves NaN.
 void subtract_codes(const Problem& p, int64_t first, int64_t n, Space& w) {
   const NearestArgs& a = p.a;
-  float* code = w.shifted.data();
-  std::fill(code, code + w.width, 0.0f);
+  const int64_t whole = a.size / kLanes * kLanes;
+  float* const space = w.shifted.data();
   for (int64_t i = 0; i < n; i++) {
     const int64_t index = *p.indices(first + i), at = p.place(first + i);
-    const float* z = w.row[i].numbers;
+    const float *z = w.row[i].numbers, *code = space;
     if (index < 0)
-      std::fill(code, code + a.size, NAN);
+      std::fill(space, space + a.size, NAN);
+    else if (p.codes.dtype == kFloat32)
+      code = reinterpret_cast<const float*>(p.codes.at(index));
     else
-      load_run(p.codes.at(index), p.codes.dtype, a.size, code);
-    float* sum = a.sum + at * a.size;
-    if (a.first)
-      std::copy(code, code + a.size, sum);
-    else
-      for (int64_t d = 0; d < a.size; d++) sum[d] += code[d];
-    for (int64_t d = 0; d < a.size; d++) code[d] = z[d] - code[d];
-    if (a.residual) std::copy(code, code + a.size, a.residual + at * a.size);
-    if (a.errors) a.errors[at] = (float)sum_in_lanes(w.width, [&](int64_t d) { return (double)code[d] * code[d]; });
+      load_run(p.codes.at(index), p.codes.dtype, a.size, space);
+    float *const sum = a.sum + at * a.size, *const left = a.residual ? a.residual + at * a.size : space;
+    for (int64_t d = 0; d < whole; d += kLanes) {
+      const vf e = load<vf>(code + d);
+      store(sum + d, a.first ? e : load<vf>(sum + d) + e);
+      store(left + d, load<vf>(z + d) - e);
+    }
+    for (int64_t d = whole; d < a.size; d++) {
+      const float e = code[d];
+      sum[d] = a.first ? e : sum[d] + e;
+      left[d] = z[d] - e;
+    }
+    if (!a.errors) continue;
+    double squares = sum_in_lanes(whole, [&](int64_t d) { return (double)left[d] * left[d]; });
+    for (int64_t d = whole; d < a.size; d++) squares += (double)left[d] * left[d];
+    a.errors[at] = (float)squares;
   }
 }
 

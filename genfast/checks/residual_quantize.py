@@ -1,4 +1,4 @@
-"""Cases of ``residual_quantize``: indices and sums must be equal, bit for bit."""
+"""Cases of ``residual_quantize``: indices and sums must be equal, bit for bit. And of its kin of several scales."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from genfast.backends import backend
+from genfast.checks import multiscale_quantize
+from genfast.checks.multiscale_quantize import MultiscaleCase
 from genfast.ops.residual_quantize import residual_quantize
 
 
@@ -53,7 +55,7 @@ class ResidualCase:
         )  # fmt: skip
 
 
-def cases(quick: bool = False) -> list[ResidualCase]:
+def cases(quick: bool = False) -> list[ResidualCase | MultiscaleCase]:
     """The list that ``genfast verify`` runs; ``quick`` keeps every third."""
     half = torch.bfloat16
     found = [
@@ -67,12 +69,15 @@ def cases(quick: bool = False) -> list[ResidualCase]:
         ResidualCase(30, 3, 70, 12, nonfinite=True),
         ResidualCase(1, 1, 1, 1),
         ResidualCase(0, 2, 5, 3),
+        *multiscale_quantize.cases(),
     ]
     return found[::3] if quick else found
 
 
-def check(case: ResidualCase, device) -> tuple[float, float]:
+def check(case: ResidualCase | MultiscaleCase, device) -> tuple[float, float]:
     """0 where indices and sums are the reference's and the errors agree to float32, otherwise infinity."""
+    if isinstance(case, MultiscaleCase):
+        return case.check(device)
     index, z_q, errors = case.run(device)
     with backend("reference"):
         expected, total, exact = case.run(device)

@@ -21,6 +21,7 @@ module                   peer                         one line
 ``dropin.transformers``  Hugging Face transformers    ``genfast.patch("transformers")``, a model on :func:`attention`
 ``dropin.encodec``       EnCodec, DAC (transformers)  ``genfast.dropin.encodec.replace(model)``
 ``dropin.taming``        taming-transformers (VQGAN)  ``from genfast.dropin.taming import VectorQuantizer2``
+``dropin.var``           VAR (Tian et al. 2024)       ``from genfast.dropin.var import VectorQuantizer2``
 ======================== ============================ =====================================================
 
 And ``dropin.vector_quantize_pytorch`` for vector-quantize-pytorch: ``genfast.patch("vector_quantize_pytorch")``.

@@ -20,16 +20,15 @@ def bind(module, override: ContextVar) -> SimpleNamespace:
 
 
 def _residual_quantize(module, z, codebooks, *, metric, exact, indices, z_q, errors) -> None:
-    if codebooks.stride(-1) != 1:
-        codebooks = codebooks.contiguous()
+    codebooks = [t if t.stride(-1) == 1 else t.contiguous() for t in codebooks]
     total = z_q if z_q.dtype == torch.float32 else torch.empty(z_q.shape, dtype=torch.float32)
     module.residual_quantize(
         (z.data_ptr(), DTYPE_CODES[z.dtype], *z.stride()),
-        (codebooks.data_ptr(), DTYPE_CODES[codebooks.dtype], *codebooks.stride()[:3]),
+        [(t.data_ptr(), DTYPE_CODES[t.dtype], *t.stride()[:2], t.shape[1]) for t in codebooks],
         indices.data_ptr(),
         total.data_ptr(),
         address(errors),
-        sizes=(*z.shape, *codebooks.shape[1:3]),
+        sizes=tuple(z.shape),
         metric=METRIC_CODES[metric],
         exact=exact,
     )

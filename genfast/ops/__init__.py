@@ -6,6 +6,7 @@ from genfast.ops import (  # noqa: F401
     code_update,
     gradient_bucket,
     kmeans,
+    multiscale_quantize,
     nearest_code_index,
     residual_quantize,
     sampler_step,

@@ -19,15 +19,15 @@ def check_vectors(name: str, t) -> None:
         raise TypeError(f"{name} must be dense float32, bfloat16, float16 or float64; got {t.dtype}, {t.layout}")
 
 
-def checked_codebook(codebook, device) -> Tensor:
+def checked_codebook(codebook, device, name: str = "codebook") -> Tensor:
     """As [G, K, D]."""
-    check_vectors("codebook", codebook)
+    check_vectors(name, codebook)
     if codebook.dim() not in (2, 3) or 0 in codebook.shape:
-        raise ValueError(f"codebook is {list(codebook.shape)}; expected [K, D] or [G, K, D], none of them 0")
+        raise ValueError(f"{name} is {list(codebook.shape)}; expected [K, D] or [G, K, D], none of them 0")
     if codebook.shape[-2] > MOST_CODES:
-        raise ValueError(f"codebook has {codebook.shape[-2]} codes; at most {MOST_CODES}")
+        raise ValueError(f"{name} has {codebook.shape[-2]} codes; at most {MOST_CODES}")
     if codebook.device != device:
-        raise ValueError(f"codebook is on {codebook.device}; expected {device}, as z")
+        raise ValueError(f"{name} is on {codebook.device}; expected {device}, as z")
     return codebook if codebook.dim() == 3 else codebook[None]
 
 

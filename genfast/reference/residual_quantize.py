@@ -13,16 +13,15 @@ from torch import Tensor
 from genfast.reference.vector_quantize import nearest_code
 
 
-def residual_quantize(z: Tensor, codebooks: Tensor, *, metric, exact, indices, z_q, errors) -> None:
-    """z [B, S, G, D] and codebooks [G, Q, K, D] to indices int64 [Q, B, S, G], z_q like z, and |r_{q+1}|^2 as errors
+def residual_quantize(z: Tensor, codebooks: list[Tensor], *, metric, exact, indices, z_q, errors) -> None:
+    """z [B, S, G, D] and Q codebooks [G, K, D] to indices int64 [Q, B, S, G], z_q like z, and |r_{q+1}|^2 as errors
     [Q, B, S, G], or None.
 
     A row that is not finite has -1, and NaN in the other two.
     """
-    dtype = torch.float64 if torch.float64 in (z.dtype, codebooks.dtype) else torch.float32
+    dtype = torch.float64 if torch.float64 in (z.dtype, *(t.dtype for t in codebooks)) else torch.float32
     residual, total = z.to(dtype), torch.zeros(z.shape, dtype=dtype, device=z.device)
-    for q in range(codebooks.shape[1]):
-        codebook = codebooks[:, q]
+    for q, codebook in enumerate(codebooks):
         nearest_code(residual, codebook, metric=metric, exact=exact, indices=indices[q][..., None], distances=None)
         group = torch.arange(len(codebook), device=z.device)
         code = codebook[group, indices[q].clamp_min(0)].to(dtype)

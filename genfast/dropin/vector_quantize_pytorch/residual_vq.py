@@ -11,6 +11,7 @@ from vector_quantize_pytorch import residual_vq as peer
 from vector_quantize_pytorch import vector_quantize_pytorch as layers
 
 from genfast.dropin.vector_quantize_pytorch.vector_quantize import VectorQuantize
+from genfast.ops.residual_quantize import residual_quantize
 
 
 class ResidualVQ(peer.ResidualVQ):
@@ -47,6 +48,12 @@ class ResidualVQ(peer.ResidualVQ):
         if self.training and self.quantize_dropout:
             depth = self._kept(x, rand_quantize_dropout_fixed_seed)
         residual = self.project_in(x)
+        if mask is None and not self.training:
+            at_once = self._at_once(residual)
+            if at_once is not None:
+                total, found = at_once
+                ret = (self.project_out(total), found, torch.stack([layer.zero for layer in self.layers]))
+                return (*ret, self.get_codes_from_indices(found)) if return_all_codes else ret
         expiring = self.training and self.shared_codebook and self.layers[0]._codebook.has_dead_code_replacement
         total, residuals, found, losses = None, [], [], []
         for layer in self.layers[:depth]:
@@ -79,6 +86,19 @@ class ResidualVQ(peer.ResidualVQ):
             total = torch.where(mask[..., None], total, 0 if self.return_zeros_for_masked_padding else x)
         ret = (total, torch.stack(found, -1), torch.stack(losses))
         return (*ret, self.get_codes_from_indices(ret[1])) if return_all_codes else ret
+
+    def _at_once(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(sum of the codes, indices [..., Q]) of the whole stack in one call; None where a layer does more than take
+        away the nearest of its codes, or a vector is not finite."""
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return None
+        if not all(type(layer) is VectorQuantize and layer.only_looks_up(x) for layer in self.layers):
+            return None
+        books = [layer._codebook.embed[0] for layer in self.layers]
+        if torch.is_grad_enabled() and any(book.requires_grad for book in books):
+            return None
+        indices, total = residual_quantize(x, books, dim=self.layers[0].channel(x), nonfinite="index")
+        return None if int(indices.min()) < 0 else (total, indices)
 
     def _kept(self, x: Tensor, seed) -> int:
         """How many quantisers this training step has, drawn as the peer does."""

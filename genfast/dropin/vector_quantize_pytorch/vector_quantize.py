@@ -50,7 +50,7 @@ class VectorQuantize(peer.VectorQuantize):
             )  # fmt: skip
 
         special = (indices, topk, codebook_transform_fn, ema_update_weight, ema_update)
-        dim = self._channel(x)
+        dim = self.channel(x)
         if dim is None or accum_ema_update or any(option is not None for option in special):
             return by_peer()
         if lens is not None and (mask is not None or x.ndim != 3):
@@ -88,7 +88,15 @@ class VectorQuantize(peer.VectorQuantize):
             return z_q, found, loss
         return z_q, found, loss, peer.LossBreakdown(commitment, self.zero, self.zero, self.zero)
 
-    def _channel(self, x) -> int | None:
+    def only_looks_up(self, x: Tensor) -> bool:
+        """Whether ``forward(x)`` would only replace the vectors by their nearest codes, with nobody watching."""
+        dim = self.channel(x)
+        plain = self.heads == 1 and not self.has_projections and not self.use_cosine_sim and not self.training
+        if dim is None or not plain or self._forward_hooks or self._forward_pre_hooks:
+            return False
+        return self._takes(x, None, dim) and not codebook.needs_init(self._codebook)
+
+    def channel(self, x) -> int | None:
         """The dimension of x that holds the vectors; None where x is not what the arguments promise."""
         wanted = 4 if self.accept_image_fmap else 5 if self.accept_3d_fmap else 3
         if not isinstance(x, Tensor) or (x.ndim != wanted and (x.ndim, wanted) != (2, 3)):
