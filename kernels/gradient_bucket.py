@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from genfast.gradient_wire import BLOCK, WIRES
-from genfast.kernels.gradient_table import ROWS, TILE, table_of, tile_count
+from genfast.kernels.gradient_table import DTYPE_SHIFT, ROWS, TILE, table_of, tile_count
 from genfast.kernels.gradient_wire import LANES, decode, encode, magnitude, narrow
 
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
 ANY = -1
 """Of the tensors' dtypes: not all the same."""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_VIEWS = {1: torch.int8, 2: torch.int16}
+_SHIFT = tl.constexpr(DTYPE_SHIFT)
 
 
 @triton.jit
@@ -40,9 +40,9 @@ def _segment(table, count, t, begin):
     lane, the lane where it ends)."""
     word = tl.load(table + t)
     offset = tl.load(table + count + t)
-    dtype = (word >> 60) & 3
+    dtype = word >> _SHIFT
     size = tl.where(dtype == 0, 4, 2)
-    address = (word & 0x0FFFFFFFFFFFFFFF) + (begin - offset) * size
+    address = word - (dtype << _SHIFT) + (begin - offset) * size
     return address, dtype, offset - begin, tl.load(table + count + 1 + t) - begin
 
 
