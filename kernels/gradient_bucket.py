@@ -35,20 +35,22 @@ def _tile(ROWS: tl.constexpr):
 
 
 @triton.jit
-def _segment(table, count, t, begin):
+def _segment(table, count, t, begin, ROWS: tl.constexpr):
     """A tensor as a tile that begins at ``begin`` sees it: (address of lane 0 were it the tensor's, dtype, its first
     lane, the lane where it ends)."""
     word = tl.load(table + t)
     offset = tl.load(table + count + t)
-    dtype = word >> _SHIFT
+    end = tl.load(table + count + 1 + t)
+    dtype = (word >> _SHIFT).to(tl.int32)
     size = tl.where(dtype == 0, 4, 2)
-    address = word - (dtype << _SHIFT) + (begin - offset) * size
-    return address, dtype, offset - begin, tl.load(table + count + 1 + t) - begin
+    address = word - (word >> _SHIFT << _SHIFT) + (begin - offset) * size
+    low = tl.maximum(offset - begin, 0).to(tl.int32)
+    return address, dtype, low, tl.minimum(end - begin, ROWS * LANES).to(tl.int32)
 
 
 @triton.jit
 def _read_as(address, lanes, low, high, v, T: tl.constexpr):
-    if (low <= 0) & (high >= lanes.shape[0] * LANES) & (address % 16 == 0):
+    if (low == 0) & (high == lanes.shape[0] * LANES) & (address % 16 == 0):
         v = tl.load(tl.multiple_of(address.to(tl.pointer_type(T)), 16) + lanes).to(tl.float32)
     else:
         mine = (lanes >= low) & (lanes < high)
@@ -58,7 +60,7 @@ def _read_as(address, lanes, low, high, v, T: tl.constexpr):
 
 @triton.jit
 def _write_as(address, lanes, low, high, v, T: tl.constexpr):
-    if (low <= 0) & (high >= lanes.shape[0] * LANES) & (address % 16 == 0):
+    if (low == 0) & (high == lanes.shape[0] * LANES) & (address % 16 == 0):
         tl.store(tl.multiple_of(address.to(tl.pointer_type(T)), 16) + lanes, narrow(v, T))
     else:
         tl.store(address.to(tl.pointer_type(T)) + lanes, narrow(v, T), mask=(lanes >= low) & (lanes < high))
@@ -126,7 +128,7 @@ def pack_kernel(
     first, last = _range(table, count, tile)
     v = tl.zeros(lanes.shape, tl.float32)
     for t in range(first, last):
-        address, dtype, low, high = _segment(table, count, t, begin)
+        address, dtype, low, high = _segment(table, count, t, begin, ROWS)
         v = _read(address, dtype, lanes, low, high, v, DTYPE)
     v = tl.where(inside, v * _factor(scale, number), 0.0)
     before = v
@@ -147,7 +149,7 @@ def pack_kernel(
         odd = odd | unread
     if tl.max(tl.max(odd.to(tl.int32), axis=1), axis=0) > 0:
         for t in range(first, last):
-            _, _, low, high = _segment(table, count, t, begin)
+            _, _, low, high = _segment(table, count, t, begin, ROWS)
             mine = odd & (lanes >= low) & (lanes < high)
             if tl.max(tl.max(mine.to(tl.int32), axis=1), axis=0) > 0:
                 tl.store(finite + t, tl.zeros((), tl.int8))
@@ -163,13 +165,11 @@ def reduce_kernel(
     mask = block < per_chunk
     at = block * LANES + lanes % LANES
     total = tl.full(lanes.shape, -0.0, tl.float32)
-    # In groups: the reads of a group are in flight together. They are added one after the other.
+    # The reads of a group of ranks may be in flight together; their values are added one after the other.
     for base in range(0, ranks, GROUP):
         for k in tl.static_range(GROUP):
             r = tl.zeros((), tl.int64) + (base + k)
-            given = block < tl.where(r < ranks, per_chunk, 0)
-            x = decode(codes, scales, r * stride + at, r * scale_stride + block, given, WIRE)
-            total = tl.where(given, total + x, total)
+            total += decode(codes, scales, r * stride + at, r * scale_stride + block, mask, WIRE)
     v = total * _factor(scale, number)
     before = v
     if residual is not None:
@@ -198,7 +198,7 @@ def unpack_kernel(
     v = v * _factor(scale, number)
     first, last = _range(table, count, tile)
     for t in range(first, last):
-        address, dtype, low, high = _segment(table, count, t, begin)
+        address, dtype, low, high = _segment(table, count, t, begin, ROWS)
         _write(address, dtype, lanes, low, high, v, DTYPE)
         mine = tl.where((lanes >= low) & (lanes < high), v, 0.0).to(tl.float64)
         # From one piece of a tensor to the next the tile or the tensor, or both, go up: no two have the same sum.
@@ -253,7 +253,7 @@ def reduce_chunks(received, *, layout, scale, residual, out) -> None:
         reduce_kernel[(-(-per_chunk // ROWS),)](
             codes=codes, stride=stride, scales=scales, scale_stride=scale_stride, ranks=layout.ranks,
             per_chunk=per_chunk, out=target, out_scales=target_scales, scale=scale, number=number, residual=residual,
-            WIRE=WIRES[layout.wire].code, GROUP=min(8, triton.next_power_of_2(layout.ranks)), ROWS=ROWS, **EXACT,
+            WIRE=WIRES[layout.wire].code, GROUP=_group(layout.ranks), ROWS=ROWS, **EXACT,
         )  # fmt: skip
 
 
@@ -295,6 +295,11 @@ def _wire(bucket: Tensor, layout) -> tuple[Tensor, int, Tensor | None, int]:
         return codes, codes.shape[1], None, 0
     scales = bucket.view(-1)[layout.code_bytes :].view(torch.float32)
     return bucket.view(torch.int8), layout.chunk_bytes, scales, layout.chunk_bytes // 4
+
+
+def _group(ranks: int) -> int:
+    """Its largest divisor up to 8, so that no rank has to be looked at to see whether it is one."""
+    return max(k for k in range(1, 9) if ranks % k == 0)
 
 
 def _dtype(gradients) -> int:

@@ -75,12 +75,14 @@ def table_of(tensors, layout) -> torch.Tensor:
         if torch.cuda.is_current_stream_capturing():
             return _made(tensors, layout)
         key += (torch.cuda.current_stream(device).cuda_stream,)
-    if key not in _tables:
-        _tables[key] = _made(tensors, layout)
-        while len(_tables) > _KEPT:
-            _tables.popitem(last=False)
-    _tables.move_to_end(key)
-    return _tables[key]
+    # Out and in again: threads of several devices may be here at once, and the latest is then last.
+    table = _tables.pop(key, None)
+    if table is None:
+        table = _made(tensors, layout)
+    _tables[key] = table
+    while len(_tables) > _KEPT:
+        _tables.popitem(last=False)
+    return table
 
 
 def _made(tensors, layout) -> torch.Tensor:
