@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfast.gradient_wire import BLOCK, WIRES
+from genfast.gradient_wire import BLOCK, WIRES, aligned
 from genfast.kernels.gradient_table import DTYPE_SHIFT, ROWS, TILE, table_of, tile_count
 from genfast.kernels.gradient_wire import LANES, decode, encode, magnitude, narrow
 
@@ -230,7 +230,8 @@ def pack_gradients(gradients, *, layout, scale, residual, out, finite) -> None:
     if not layout.chunk:
         return
     with _on_device(out):
-        codes, stride, scales, scale_stride = _wire(out, layout)
+        target = aligned(out)
+        codes, stride, scales, scale_stride = _wire(target, layout)
         blocks = layout.ranks * (layout.chunk // BLOCK)
         scale, number = _scale(scale)
         pack_kernel[(tile_count(layout),)](
@@ -239,6 +240,8 @@ def pack_gradients(gradients, *, layout, scale, residual, out, finite) -> None:
             residual=residual, finite=finite, numel=layout.numel, WIRE=WIRES[layout.wire].code,
             DTYPE=_dtype(gradients), ROWS=ROWS, **EXACT,
         )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
 
 
 def reduce_chunks(received, *, layout, scale, residual, out) -> None:
@@ -246,15 +249,18 @@ def reduce_chunks(received, *, layout, scale, residual, out) -> None:
     if not layout.chunk:
         return
     with _on_device(out):
-        codes, stride, scales, scale_stride = _wire(received, layout)
-        target, _, target_scales, _ = _wire(out[None], layout)
+        target = aligned(out)
+        codes, stride, scales, scale_stride = _wire(aligned(received), layout)
+        out_codes, _, out_scales, _ = _wire(target[None], layout)
         scale, number = _scale(scale)
         per_chunk = layout.chunk // BLOCK
         reduce_kernel[(-(-per_chunk // ROWS),)](
             codes=codes, stride=stride, scales=scales, scale_stride=scale_stride, ranks=layout.ranks,
-            per_chunk=per_chunk, out=target, out_scales=target_scales, scale=scale, number=number, residual=residual,
+            per_chunk=per_chunk, out=out_codes, out_scales=out_scales, scale=scale, number=number, residual=residual,
             WIRE=WIRES[layout.wire].code, GROUP=_group(layout.ranks), ROWS=ROWS, **EXACT,
         )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
 
 
 def unpack_gradients(reduced, gradients, *, layout, scale, square_norm, finite) -> None:
@@ -270,7 +276,7 @@ def unpack_gradients(reduced, gradients, *, layout, scale, square_norm, finite) 
     ]
     with _on_device(reduced):
         table, count, tiles = table_of(written, layout), len(written), tile_count(layout)
-        codes, stride, scales, scale_stride = _wire(reduced, layout)
+        codes, stride, scales, scale_stride = _wire(aligned(reduced), layout)
         blocks = layout.ranks * (layout.chunk // BLOCK)
         scale, number = _scale(scale)
         squares = torch.empty(tiles + count, dtype=torch.float64, device=reduced.device)
