@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfast.kernels.scalar_tiles import EXACT, TILE, offset, place, programs_of, rounded
+from genfast.kernels.rounding import rounded
+from genfast.kernels.scalar_tiles import EXACT, TILE, offset, place, programs_of
 from genfast.layout import merged
 from genfast.reference import scalar_quantize as spec
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from genfast.gradient_wire import BLOCK, WIRES, aligned
 from genfast.kernels.gradient_table import DTYPE_SHIFT, ROWS, TILE, table_of, tile_count
-from genfast.kernels.gradient_wire import LANES, decode, encode, magnitude, narrow
+from genfast.kernels.gradient_wire import LANES, decode, encode, magnitude
+from genfast.kernels.rounding import rounded
 
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
 ANY = -1
@@ -61,9 +62,9 @@ def _read_as(address, lanes, low, high, v, T: tl.constexpr):
 @triton.jit
 def _write_as(address, lanes, low, high, v, T: tl.constexpr):
     if (low == 0) & (high == lanes.shape[0] * LANES) & (address % 16 == 0):
-        tl.store(tl.multiple_of(address.to(tl.pointer_type(T)), 16) + lanes, narrow(v, T))
+        tl.store(tl.multiple_of(address.to(tl.pointer_type(T)), 16) + lanes, rounded(v, T))
     else:
-        tl.store(address.to(tl.pointer_type(T)) + lanes, narrow(v, T), mask=(lanes >= low) & (lanes < high))
+        tl.store(address.to(tl.pointer_type(T)) + lanes, rounded(v, T), mask=(lanes >= low) & (lanes < high))
 
 
 @triton.jit

@@ -1,11 +1,8 @@
-"""The GPU kernels of ``gradient_bucket`` against the reference: on a GPU, or Triton's in its interpreter.
-
-As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own.
-"""
+"""The GPU kernels of ``gradient_bucket`` against the reference: on a GPU, or Triton's in its interpreter."""
 
 import pytest
 import torch
-from test_triton_sampler_step import BACKENDS, DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
+from interpreter import BACKENDS, DEVICE, HAS_GPU, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast import BucketLayout, pack_gradients, reduce_chunks, unpack_gradients
@@ -28,11 +25,7 @@ def anywhere_in_memory(device):
     return [out, residual, reduced, written, *unpack_gradients(out, layout, [written[:, 0]])]
 
 
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
