@@ -103,7 +103,8 @@ def _specialised(kernel, values: dict, options: dict) -> Launch:
 
 def _argument_type(value, path, specialise, annotated, constants, attributes):
     if isinstance(value, tuple):
-        return tuple(_argument_type(v, (*path, i), specialise, "", constants, attributes) for i, v in enumerate(value))
+        # The launcher specialises the elements of a tuple whatever the kernel says.
+        return tuple(_argument_type(v, (*path, i), True, "", constants, attributes) for i, v in enumerate(value))
     if value is None or (type(value) is int and value == 1 and specialise):
         constants[path] = value
         return "constexpr"

@@ -122,21 +122,7 @@ def graph_case(device: torch.device, shape: tuple[int, ...]) -> Case:
         x.copy_(state(0))
         steps()
 
-    before = torch.cuda.get_sync_debug_mode()
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        loop()
-        # From here on a synchronisation is an error, and so the row would say that the case failed.
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            loop()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loop()
+    graph, _ = timing.captured(loop, device)
 
     def replay(_):
         graph.replay()

@@ -122,6 +122,25 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return int(held.max()) + pooled
 
 
+def captured(call: Callable[[], object], device: torch.device) -> tuple[torch.cuda.CUDAGraph, object]:
+    """``call`` as a CUDA graph, and what it returned. A call that synchronises with the host raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        call()  # kernels are compiled and chosen
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
 def kernel_launches(call: Callable[[], object]) -> int:
     """How many kernels ``call`` launches on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:

@@ -46,14 +46,14 @@ PARTS = {
 """The files in which a family of several ops is written, in every layer; by default one of the family's own name."""
 
 # The order in which CUDA tensors are offered to the GPU backends, per family. The design asks for a measurement
-# before `cuda` comes first; no GPU has been at hand for this family yet, so Triton leads.
+# before `cuda` comes first; no GPU has been at hand for these families yet, so Triton leads.
 # A family without `cuda` in its line has no CUDA C++ kernels.
 CUDA_ORDER = {
     "sampler_step": ("triton", "cuda"),
     "token_sampling": ("triton",),
     "attention": ("triton",),
     "vector_quantize": ("triton",),
-    "gradient_bucket": (),  # its GPU kernels are not written yet
+    "gradient_bucket": ("triton", "cuda"),
 }
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("genfast_backend", default=None)

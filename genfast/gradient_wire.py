@@ -110,3 +110,8 @@ class BucketLayout:
     def shape(self) -> tuple[int, int]:
         """Of the bucket on the wire, in bytes."""
         return self.ranks, self.chunk_bytes
+
+
+def aligned(bucket: torch.Tensor) -> torch.Tensor:
+    """The bucket where its codes and scales may be read 16 bytes at a time: itself, or a copy."""
+    return bucket.clone() if bucket.data_ptr() % ALIGNMENT else bucket

@@ -128,6 +128,25 @@ def _finished(o, m, total):
 
 
 @triton.jit
+def _write(
+    o, m, total, out, lse, inside, part, parts, out_part, lse_part,
+    SPLIT: tl.constexpr, V_SIZE: tl.constexpr, V_PAD: tl.constexpr,
+):  # fmt: skip
+    """Rows at ``out`` and ``lse``. Of SPLIT keys a part leaves what it has, undivided: o, and in place of lse its m
+    and, beyond all parts', its l."""
+    if SPLIT:
+        lse += part.to(tl.int64) * lse_part
+        tl.store(lse, m, mask=inside)
+        tl.store(lse + parts.to(tl.int64) * lse_part, total, mask=inside)
+    else:
+        o, found = _finished(o, m, total)
+        tl.store(lse, found, mask=inside)
+    column = tl.arange(0, V_PAD)
+    at = (out + part.to(tl.int64) * out_part)[:, None] + column[None, :]
+    tl.store(at, o.to(out.dtype.element_ty), mask=inside[:, None] & (column < V_SIZE)[None, :])
+
+
+@triton.jit
 def _share(count, part, parts):
     """Where a part begins among so many tiles."""
     return (count.to(tl.int64) * part // parts).to(tl.int32)
@@ -142,10 +161,7 @@ def forward_kernel(
     SIZE: tl.constexpr, PAD: tl.constexpr, V_SIZE: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """With PACKED heads in a tile, row r is of query r // PACKED and of head r % PACKED among them.
-
-    With SPLIT keys a part leaves what it has, undivided: o, and in place of lse its m and, beyond all parts', its l.
-    """
+    """With PACKED heads in a tile, row r is of query r // PACKED and of head r % PACKED among them."""
     # The last rows first: under causal masks they see most.
     tiles = tl.cdiv(q_len * PACKED, ROWS)
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -191,17 +207,8 @@ def forward_kernel(
         )  # fmt: skip
 
     lse += (batch * heads + heads_of) * q_len + query
-    if SPLIT:
-        lse += part.to(tl.int64) * lse_part
-        tl.store(lse, m, mask=inside)
-        tl.store(lse + parts.to(tl.int64) * lse_part, total, mask=inside)
-    else:
-        o, found = _finished(o, m, total)
-        tl.store(lse, found, mask=inside)
-    column = tl.arange(0, V_PAD)
-    out += part.to(tl.int64) * out_part + batch * out_batch
-    at = out + heads_of[:, None] * out_head + query.to(tl.int64)[:, None] * out_row + column[None, :]
-    tl.store(at, o.to(out.dtype.element_ty), mask=inside[:, None] & (column < V_SIZE)[None, :])
+    out += batch * out_batch + heads_of * out_head + query.to(tl.int64) * out_row
+    _write(o, m, total, out, lse, inside, part, parts, out_part, lse_part, SPLIT, V_SIZE, V_PAD)
 
 
 @triton.jit(do_not_specialize=["lse_part", "heads", "q_len", "rows", "parts"])

@@ -18,13 +18,13 @@ from genfast.kernels.attention import (
     LEAST_KEYS,
     _chosen,
     _dot_add,
-    _finished,
     _load,
     _products,
     _rows,
     _share,
     _sizes,
     _strides,
+    _write,
     merge_kernel,
 )
 from genfast.kernels.attention_sizes import FORWARD, target_of
@@ -107,10 +107,7 @@ def cached_kernel(
     INTERLEAVED: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, V_SIZE: tl.constexpr, V_PAD: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """With PACKED heads in a tile, row r is of query r // PACKED and of head r % PACKED among them.
-
-    With SPLIT keys a part leaves what it has, undivided: o, and in place of lse its m and, beyond all parts', its l.
-    """
+    """With PACKED heads in a tile, row r is of query r // PACKED and of head r % PACKED among them."""
     tiles = tl.cdiv(q_len * PACKED, ROWS)
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
@@ -173,17 +170,8 @@ def cached_kernel(
             o, m, total = _attend(o, m, total, q_tile, k_tile, v_tile, present, scale, True)
 
     lse += (batch * heads + heads_of) * q_len + query
-    if SPLIT:
-        lse += part.to(tl.int64) * lse_part
-        tl.store(lse, m, mask=inside)
-        tl.store(lse + parts.to(tl.int64) * lse_part, total, mask=inside)
-    else:
-        o, found = _finished(o, m, total)
-        tl.store(lse, found, mask=inside)
-    column = tl.arange(0, V_PAD)
-    out += part.to(tl.int64) * out_part + batch * out_batch
-    at = out + heads_of[:, None] * out_head + query.to(tl.int64)[:, None] * out_row + column[None, :]
-    tl.store(at, o.to(out.dtype.element_ty), mask=inside[:, None] & (column < V_SIZE)[None, :])
+    out += batch * out_batch + heads_of * out_head + query.to(tl.int64) * out_row
+    _write(o, m, total, out, lse, inside, part, parts, out_part, lse_part, SPLIT, V_SIZE, V_PAD)
 
 
 @triton.jit(do_not_specialize=["table_stride", "positions", "heads", "length"])

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfast.kernels.scalar_tiles import EXACT, TILE, offset, place, programs_of, rounded
+from genfast.kernels.rounding import rounded
+from genfast.kernels.scalar_tiles import EXACT, TILE, offset, place, programs_of
 from genfast.layout import merged
 from genfast.reference import scalar_quantize as spec
 
@@ -305,10 +306,11 @@ def code_gradient_kernel(
     BLOCKS: tl.constexpr = SIZE // BLOCK
     which = tl.program_id(1)
     PARTS: tl.constexpr = 4 if ENTROPY else 2
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < all_rows
-    start = ((which // BLOCKS).to(tl.int64) * all_rows + row) * SIZE + which % BLOCKS * BLOCK
-    high_at = bits + start * PARTS
+    first_row, row = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, ROWS)
+    inside = row < all_rows - first_row
+    start = ((which // BLOCKS).to(tl.int64) * all_rows + first_row) * SIZE + which % BLOCKS * BLOCK
+    bits += start * PARTS
+    high_at = bits + row * (SIZE * PARTS)
     low_at = high_at + HIGH * PARTS
     by_mean, by_entropy = tl.load(scales), tl.load(scales + 1)
     bit = tl.arange(0, BITS)
@@ -342,11 +344,11 @@ def code_gradient_kernel(
             here = (bit == HIGH + d)[:, None]
             one += tl.where(here, tl.sum(tl.where(has, along, 0.0), 0)[None, :], 0.0)
             zero += tl.where(here, tl.sum(tl.where(has, 0.0, along), 0)[None, :], 0.0)
-    at = start[None, :] + bit[:, None]
+    at = row[None, :] * SIZE + bit[:, None]
     within = inside[None, :] & (bit < BLOCK)[:, None]
     q0 = tl.load(bits + at * PARTS, mask=within, other=0.0)
     q1 = tl.load(bits + at * PARTS + 1, mask=within, other=0.0)
-    tl.store(grad_logits + at, q0 * one - q1 * zero, mask=within)
+    tl.store(grad_logits + start + at, q0 * one - q1 * zero, mask=within)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------

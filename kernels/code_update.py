@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfast.backends import interpreting
+from genfast.kernels.rounding import rounded
 from genfast.reference import code_update as spec
 from genfast.reference.code_update import assigned_slots, flat, slot_positions
 
@@ -24,7 +24,6 @@ PIECE = 64
 """Vectors that one program adds."""
 EXACT = dict(enable_fp_fusion=False)
 _SHORTEST = tl.constexpr(spec.SHORTEST)
-_INTERPRETED = tl.constexpr(interpreting())
 
 
 def _power_of_two(n: int) -> int:
@@ -38,17 +37,6 @@ def _tile_of(size: int) -> dict:
 
 def _warps(tile: dict) -> int:
     return max(4, min(8, tile["WIDTH"] * tile["ROWS"] // 256))
-
-
-@triton.jit
-def _rounded(value, TARGET: tl.constexpr):
-    """float32 to another dtype."""
-    if _INTERPRETED and tl.bfloat16 == TARGET:
-        # The interpreter truncates where hardware rounds to nearest even.
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
-        value = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(TARGET)
 
 
 @triton.jit
@@ -82,7 +70,7 @@ def quantize_kernel(
     x = tl.load(z + _at(batch, group, position, d, z_batch, z_position, z_group, z_entry), mask=mask, other=0.0)
     code = group * codes + tl.where(there, k, 0)
     e = tl.load(codebook + code[:, None] * size + d[None, :], mask=mask & there[:, None], other=0.0)
-    e = _rounded(e.to(tl.float32), x.dtype)
+    e = rounded(e.to(tl.float32), x.dtype)
     difference = tl.where(there[:, None], x.to(tl.float32) - e.to(tl.float32), 0.0)
     t = tl.program_id(0)
     tl.store(errors + t, tl.sum(tl.sum(difference * difference, 1), 0))
@@ -147,7 +135,7 @@ def backward_kernel(
             passed = tl.zeros((ROWS, WIDTH), tl.float32)
         result = tl.where(there, passed + to_z, alone)
         out = grad_z + _at(batch, group, position, d, o_batch, o_position, o_group, o_entry)
-        tl.store(out, _rounded(result, grad_z.dtype.element_ty), mask=mask)
+        tl.store(out, rounded(result, grad_z.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["length", "pieces", "last_code"])
@@ -187,7 +175,7 @@ def sum_kernel(
     for p in range(tl.load(piece_starts + c), tl.load(piece_starts + c + 1)):
         total += tl.load(partial + p * size + d, mask=d < size, other=0.0)
     out = sums + c * out_stride
-    tl.store(out + d, _rounded(total.to(tl.float32), sums.dtype.element_ty), mask=d < size)
+    tl.store(out + d, rounded(total.to(tl.float32), sums.dtype.element_ty), mask=d < size)
     if COUNT:
         tl.store(out + size, (tl.load(starts + c + 1) - tl.load(starts + c)).to(tl.float32))
 

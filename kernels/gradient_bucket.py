@@ -16,15 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfast.gradient_wire import BLOCK, WIRES
-from genfast.kernels.gradient_table import ROWS, TILE, table_of, tile_count
-from genfast.kernels.gradient_wire import LANES, decode, encode, magnitude, narrow
+from genfast.gradient_wire import BLOCK, WIRES, aligned
+from genfast.kernels.gradient_table import DTYPE_SHIFT, ROWS, TILE, table_of, tile_count
+from genfast.kernels.gradient_wire import LANES, decode, encode, magnitude
+from genfast.kernels.rounding import rounded
 
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
 ANY = -1
 """Of the tensors' dtypes: not all the same."""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_VIEWS = {1: torch.int8, 2: torch.int16}
+_SHIFT = tl.constexpr(DTYPE_SHIFT)
 
 
 @triton.jit
@@ -35,20 +36,22 @@ def _tile(ROWS: tl.constexpr):
 
 
 @triton.jit
-def _segment(table, count, t, begin):
+def _segment(table, count, t, begin, ROWS: tl.constexpr):
     """A tensor as a tile that begins at ``begin`` sees it: (address of lane 0 were it the tensor's, dtype, its first
     lane, the lane where it ends)."""
     word = tl.load(table + t)
     offset = tl.load(table + count + t)
-    dtype = (word >> 60) & 3
+    end = tl.load(table + count + 1 + t)
+    dtype = (word >> _SHIFT).to(tl.int32)
     size = tl.where(dtype == 0, 4, 2)
-    address = (word & 0x0FFFFFFFFFFFFFFF) + (begin - offset) * size
-    return address, dtype, offset - begin, tl.load(table + count + 1 + t) - begin
+    address = word - (word >> _SHIFT << _SHIFT) + (begin - offset) * size
+    low = tl.maximum(offset - begin, 0).to(tl.int32)
+    return address, dtype, low, tl.minimum(end - begin, ROWS * LANES).to(tl.int32)
 
 
 @triton.jit
 def _read_as(address, lanes, low, high, v, T: tl.constexpr):
-    if (low <= 0) & (high >= lanes.shape[0] * LANES) & (address % 16 == 0):
+    if (low == 0) & (high == lanes.shape[0] * LANES) & (address % 16 == 0):
         v = tl.load(tl.multiple_of(address.to(tl.pointer_type(T)), 16) + lanes).to(tl.float32)
     else:
         mine = (lanes >= low) & (lanes < high)
@@ -58,10 +61,10 @@ def _read_as(address, lanes, low, high, v, T: tl.constexpr):
 
 @triton.jit
 def _write_as(address, lanes, low, high, v, T: tl.constexpr):
-    if (low <= 0) & (high >= lanes.shape[0] * LANES) & (address % 16 == 0):
-        tl.store(tl.multiple_of(address.to(tl.pointer_type(T)), 16) + lanes, narrow(v, T))
+    if (low == 0) & (high == lanes.shape[0] * LANES) & (address % 16 == 0):
+        tl.store(tl.multiple_of(address.to(tl.pointer_type(T)), 16) + lanes, rounded(v, T))
     else:
-        tl.store(address.to(tl.pointer_type(T)) + lanes, narrow(v, T), mask=(lanes >= low) & (lanes < high))
+        tl.store(address.to(tl.pointer_type(T)) + lanes, rounded(v, T), mask=(lanes >= low) & (lanes < high))
 
 
 @triton.jit
@@ -126,7 +129,7 @@ def pack_kernel(
     first, last = _range(table, count, tile)
     v = tl.zeros(lanes.shape, tl.float32)
     for t in range(first, last):
-        address, dtype, low, high = _segment(table, count, t, begin)
+        address, dtype, low, high = _segment(table, count, t, begin, ROWS)
         v = _read(address, dtype, lanes, low, high, v, DTYPE)
     v = tl.where(inside, v * _factor(scale, number), 0.0)
     before = v
@@ -147,7 +150,7 @@ def pack_kernel(
         odd = odd | unread
     if tl.max(tl.max(odd.to(tl.int32), axis=1), axis=0) > 0:
         for t in range(first, last):
-            _, _, low, high = _segment(table, count, t, begin)
+            _, _, low, high = _segment(table, count, t, begin, ROWS)
             mine = odd & (lanes >= low) & (lanes < high)
             if tl.max(tl.max(mine.to(tl.int32), axis=1), axis=0) > 0:
                 tl.store(finite + t, tl.zeros((), tl.int8))
@@ -163,13 +166,11 @@ def reduce_kernel(
     mask = block < per_chunk
     at = block * LANES + lanes % LANES
     total = tl.full(lanes.shape, -0.0, tl.float32)
-    # In groups: the reads of a group are in flight together. They are added one after the other.
+    # The reads of a group of ranks may be in flight together; their values are added one after the other.
     for base in range(0, ranks, GROUP):
         for k in tl.static_range(GROUP):
             r = tl.zeros((), tl.int64) + (base + k)
-            given = block < tl.where(r < ranks, per_chunk, 0)
-            x = decode(codes, scales, r * stride + at, r * scale_stride + block, given, WIRE)
-            total = tl.where(given, total + x, total)
+            total += decode(codes, scales, r * stride + at, r * scale_stride + block, mask, WIRE)
     v = total * _factor(scale, number)
     before = v
     if residual is not None:
@@ -198,7 +199,7 @@ def unpack_kernel(
     v = v * _factor(scale, number)
     first, last = _range(table, count, tile)
     for t in range(first, last):
-        address, dtype, low, high = _segment(table, count, t, begin)
+        address, dtype, low, high = _segment(table, count, t, begin, ROWS)
         _write(address, dtype, lanes, low, high, v, DTYPE)
         mine = tl.where((lanes >= low) & (lanes < high), v, 0.0).to(tl.float64)
         # From one piece of a tensor to the next the tile or the tensor, or both, go up: no two have the same sum.
@@ -230,7 +231,8 @@ def pack_gradients(gradients, *, layout, scale, residual, out, finite) -> None:
     if not layout.chunk:
         return
     with _on_device(out):
-        codes, stride, scales, scale_stride = _wire(out, layout)
+        target = aligned(out)
+        codes, stride, scales, scale_stride = _wire(target, layout)
         blocks = layout.ranks * (layout.chunk // BLOCK)
         scale, number = _scale(scale)
         pack_kernel[(tile_count(layout),)](
@@ -239,6 +241,8 @@ def pack_gradients(gradients, *, layout, scale, residual, out, finite) -> None:
             residual=residual, finite=finite, numel=layout.numel, WIRE=WIRES[layout.wire].code,
             DTYPE=_dtype(gradients), ROWS=ROWS, **EXACT,
         )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
 
 
 def reduce_chunks(received, *, layout, scale, residual, out) -> None:
@@ -246,15 +250,18 @@ def reduce_chunks(received, *, layout, scale, residual, out) -> None:
     if not layout.chunk:
         return
     with _on_device(out):
-        codes, stride, scales, scale_stride = _wire(received, layout)
-        target, _, target_scales, _ = _wire(out[None], layout)
+        target = aligned(out)
+        codes, stride, scales, scale_stride = _wire(aligned(received), layout)
+        out_codes, _, out_scales, _ = _wire(target[None], layout)
         scale, number = _scale(scale)
         per_chunk = layout.chunk // BLOCK
         reduce_kernel[(-(-per_chunk // ROWS),)](
             codes=codes, stride=stride, scales=scales, scale_stride=scale_stride, ranks=layout.ranks,
-            per_chunk=per_chunk, out=target, out_scales=target_scales, scale=scale, number=number, residual=residual,
-            WIRE=WIRES[layout.wire].code, GROUP=min(8, triton.next_power_of_2(layout.ranks)), ROWS=ROWS, **EXACT,
+            per_chunk=per_chunk, out=out_codes, out_scales=out_scales, scale=scale, number=number, residual=residual,
+            WIRE=WIRES[layout.wire].code, GROUP=_group(layout.ranks), ROWS=ROWS, **EXACT,
         )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
 
 
 def unpack_gradients(reduced, gradients, *, layout, scale, square_norm, finite) -> None:
@@ -270,7 +277,7 @@ def unpack_gradients(reduced, gradients, *, layout, scale, square_norm, finite) 
     ]
     with _on_device(reduced):
         table, count, tiles = table_of(written, layout), len(written), tile_count(layout)
-        codes, stride, scales, scale_stride = _wire(reduced, layout)
+        codes, stride, scales, scale_stride = _wire(aligned(reduced), layout)
         blocks = layout.ranks * (layout.chunk // BLOCK)
         scale, number = _scale(scale)
         squares = torch.empty(tiles + count, dtype=torch.float64, device=reduced.device)
@@ -295,6 +302,11 @@ def _wire(bucket: Tensor, layout) -> tuple[Tensor, int, Tensor | None, int]:
         return codes, codes.shape[1], None, 0
     scales = bucket.view(-1)[layout.code_bytes :].view(torch.float32)
     return bucket.view(torch.int8), layout.chunk_bytes, scales, layout.chunk_bytes // 4
+
+
+def _group(ranks: int) -> int:
+    """Its largest divisor up to 8, so that no rank has to be looked at to see whether it is one."""
+    return max(k for k in range(1, 9) if ranks % k == 0)
 
 
 def _dtype(gradients) -> int:

@@ -20,19 +20,29 @@ ROWS = TILE // 256
 AT_ONCE = 64
 _KEPT = 256
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_WIDE = 1 << 62  # makes every number an int64 to Triton, which compiles a kernel for each combination of widths
-_DTYPE_SHIFT = 60
+DTYPE_SHIFT = 58  # beyond every address
 _tables: OrderedDict[tuple, torch.Tensor] = OrderedDict()
 
 
-@triton.jit(do_not_specialize=["first", "count", "words"])
+def _word(number: int) -> int:
+    """A number as every other is passed: odd, and of 64 bits. Triton compiles a kernel for each combination of widths
+    and alignments of the numbers of a tuple, whatever it is told not to specialise."""
+    return 1 << 62 | number << 1 | 1
+
+
+@triton.jit
+def _number(word):
+    return (word & 0x3FFFFFFFFFFFFFFF) >> 1
+
+
+@triton.jit(do_not_specialize=["first", "count"])
 def write_kernel(table, first, count, words):
     """Tensors from ``first`` on, each with its address and its end; ``words`` is a tuple of two for each."""
     N: tl.constexpr = len(words) // 2
     for k in tl.static_range(N):
         if first + k < count:
-            tl.store(table + first + k, words[2 * k])
-            tl.store(table + count + 1 + first + k, words[2 * k + 1] & 0x3FFFFFFFFFFFFFFF)
+            tl.store(table + first + k, _number(words[2 * k]))
+            tl.store(table + count + 1 + first + k, _number(words[2 * k + 1]))
     tl.store(table + count, tl.zeros((), tl.int64))
 
 
@@ -65,12 +75,14 @@ def table_of(tensors, layout) -> torch.Tensor:
         if torch.cuda.is_current_stream_capturing():
             return _made(tensors, layout)
         key += (torch.cuda.current_stream(device).cuda_stream,)
-    if key not in _tables:
-        _tables[key] = _made(tensors, layout)
-        while len(_tables) > _KEPT:
-            _tables.popitem(last=False)
-    _tables.move_to_end(key)
-    return _tables[key]
+    # Out and in again: threads of several devices may be here at once, and the latest is then last.
+    table = _tables.pop(key, None)
+    if table is None:
+        table = _made(tensors, layout)
+    _tables[key] = table
+    while len(_tables) > _KEPT:
+        _tables.popitem(last=False)
+    return table
 
 
 def _made(tensors, layout) -> torch.Tensor:
@@ -78,8 +90,8 @@ def _made(tensors, layout) -> torch.Tensor:
     table = torch.empty(2 * count + tiles + 2, dtype=torch.int64, device=tensors[0].device)
     words = []
     for t, offset in zip(tensors, layout.offsets):
-        words += [t.data_ptr() | _DTYPES[t.dtype] << _DTYPE_SHIFT | _WIDE, offset + t.numel() | _WIDE]
-    words += [_WIDE] * (-len(words) % (2 * AT_ONCE))
+        words += [_word(t.data_ptr() | _DTYPES[t.dtype] << DTYPE_SHIFT), _word(offset + t.numel())]
+    words += [_word(0)] * (-len(words) % (2 * AT_ONCE))
     for first in range(0, count, AT_ONCE):
         write_kernel[(1,)](table, first, count, tuple(words[2 * first : 2 * (first + AT_ONCE)]), num_warps=1)
     locate_kernel[(-(-(tiles + 1) // 256),)](

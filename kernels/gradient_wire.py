@@ -9,34 +9,15 @@ between targets, and float32's neighbours of a bit decide whether ranks on diffe
 import triton
 import triton.language as tl
 
+from genfast.kernels.rounding import rounded
+
 LANES = tl.constexpr(256)
-
-
-@triton.jit
-def _nothing():
-    return 0
-
-
-_INTERPRETED = tl.constexpr(not isinstance(_nothing, triton.JITFunction))
 
 
 @triton.jit
 def magnitude(x):
     """Bits of the absolute value: in the order of the values, NaN and infinity from 0x7F800000 on."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def narrow(x, T: tl.constexpr):
-    """float32 rounded to nearest even."""
-    if _INTERPRETED and tl.bfloat16 == T:
-        # The interpreter truncates where hardware rounds.
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
-        result = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        result = x.to(T)
-    return result
 
 
 @triton.jit
@@ -91,7 +72,7 @@ def encode(v, codes, scales, at, block, last, in_chunk, mask, WIRE: tl.constexpr
     """Writes v at ``codes + at`` and, on a quantised wire, its scales at ``scales + block`` (block ``in_chunk`` of the
     chunk, ``last`` where no other follows). Gives back the values that the other end will read."""
     if WIRE < 3:
-        code = narrow(v, codes.dtype.element_ty)
+        code = rounded(v, codes.dtype.element_ty)
         tl.store(codes + at, code, mask=mask)
         read = code.to(tl.float32)
     else:

@@ -25,6 +25,7 @@ from genfast.kernels import guidance as guidance_kernels
 from genfast.kernels import threshold as threshold_kernels
 from genfast.kernels.parts import BLOCK, PARTS, coefficient, guidance_scale, guided, load_tile, parts_of, table_row
 from genfast.kernels.philox import block_words, normal_pair
+from genfast.kernels.rounding import rounded
 from genfast.kernels.threshold import model_x0
 from genfast.layout import arrange, give_back, is_flat
 from genfast.step_table import StepTable, quantile_rank
@@ -36,7 +37,6 @@ NO_GUIDANCE, NUMBER, PER_SAMPLE = 0, 1, 2
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
 """Compile options of every kernel here: no contraction, so that the written order of operations is the executed one."""
 
-_INTERPRETED = tl.constexpr(not isinstance(load_tile, triton.JITFunction))
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN2_HI, _LN2_LO = tl.constexpr(0.693145751953125), tl.constexpr(1.42860676533018e-06)
 
@@ -70,12 +70,7 @@ def _store(pointer, lanes, value, mask, COMPUTE: tl.constexpr):
     target: tl.constexpr = pointer.dtype.element_ty
     if COMPUTE.primitive_bitwidth == 64 and target.primitive_bitwidth == 16:
         value = value.to(tl.float32)  # as PyTorch converts
-    if _INTERPRETED and target == tl.bfloat16:
-        # The interpreter truncates where hardware rounds to nearest even.
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
-        value = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    tl.store(pointer + lanes, value.to(target), mask=mask)
+    tl.store(pointer + lanes, rounded(value, target), mask=mask)
 
 
 @triton.jit

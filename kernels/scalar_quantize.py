@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from genfast.kernels.binary_quantize import binary_backward, binary_quantize
-from genfast.kernels.scalar_tiles import EXACT, TILE, offset, place, programs_of, rounded
+from genfast.kernels.rounding import rounded
+from genfast.kernels.scalar_tiles import EXACT, TILE, offset, place, programs_of
 from genfast.layout import merged
 from genfast.reference import scalar_quantize as reference
 

@@ -1,4 +1,4 @@
-"""What the kernels of ``scalar_quantize`` share: where a program's rows are, and rounding to what is stored.
+"""What the kernels of ``scalar_quantize`` share: where a program's rows are.
 
 A program has a tile of rows of one batch entry and group, and takes their numbers one dimension after the other: with
 channels first these are neighbours in memory, with channels last the lines that the first dimension has brought serve
@@ -11,11 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genfast.backends import interpreting
-
 TILE = 128
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
-_INTERPRETED = tl.constexpr(interpreting())
 
 
 def programs_of(z: Tensor) -> int:
@@ -36,14 +33,3 @@ def place(length, groups, TILE: tl.constexpr):
 @triton.jit
 def offset(place, strides):
     return place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
-
-
-@triton.jit
-def rounded(value, TARGET: tl.constexpr):
-    """float32 to another dtype."""
-    if _INTERPRETED and tl.bfloat16 == TARGET:
-        # The interpreter truncates where hardware rounds to nearest even.
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
-        value = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(TARGET)

@@ -236,8 +236,8 @@ def select_kernel(
         while (lowest < float("inf")) & (lowest.to(tl.float64) <= limit):
             here = tl.min(tl.where(left == lowest, block, _FAR), 0)
             left = tl.where(block == here, float("inf"), left)
-            k = here.to(tl.int64) * _GROUP + near
-            at = codes + tl.minimum(k, count - 1) * c_code
+            k = here * _GROUP + near
+            at = codes + tl.minimum(k, count - 1).to(tl.int64) * c_code
             total = tl.zeros((_GROUP,), real)
             x_at = z
             for _ in range(SIZE):
@@ -253,7 +253,6 @@ def select_kernel(
             if not WIDE:
                 total = tl.where(tl.abs(total) < _F32_MAX, total, _F32_MAX)
             total = tl.where(tl.load(offset + k) > _NONE, total, float("inf"))
-            k = k.to(tl.int32)
             least = tl.min(total, 0)
             which = tl.min(tl.where(total == least, k, _FAR), 0)
             while (least < worst) | ((least == worst) & (which < worst_index) & (least < float("inf"))):

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import test_triton_sampler_step as shared
 import torch
+from test_triton_gradient_bucket import anywhere_in_memory
 
 import genfast
 from benchmarks.compile_report import ROOT
-from genfast import BucketLayout, pack_gradients, reduce_chunks, unpack_gradients
+from genfast import BucketLayout, pack_gradients, unpack_gradients
 from genfast.checks import gradient_bucket
 from genfast.native import gradient_bucket_cuda, sampler_step_cuda
 
@@ -148,15 +149,10 @@ class TestBucket:
         torch.testing.assert_close(square_norm, exact, rtol=1e-12, atol=0)
 
     def test_buckets_and_residuals_anywhere_in_memory(self, on_cuda):
-        layout = BucketLayout([700], 2, "int8")
+        expected, got = on_cuda(lambda: anywhere_in_memory("cpu"))
+        assert all(map(torch.equal, got, expected))
 
-        def call():
-            gradient = torch.linspace(-1, 1, 1401)[::2][:700]
-            residual = torch.full((701,), 0.25)[1:]
-            out = torch.empty(layout.shape[0] * layout.shape[1] + 4, dtype=torch.uint8)[4:].view(layout.shape)
-            pack_gradients([gradient], layout, residual=residual, out=out)
-            reduced = torch.empty(layout.chunk_bytes + 4, dtype=torch.uint8)[4:]
-            reduce_chunks(out, layout, out=reduced)
-            return [out, residual, reduced, *unpack_gradients(out, layout, [gradient])]
-
-        assert all(map(torch.equal, *on_cuda(call)))
+    def test_a_launch_has_positions_of_32_bits(self, module):
+        """A tensor of 2^33 values takes four launches, each with a sum for every 1024 of its values, and one more."""
+        tensor = (0, 0, 2**33)
+        assert module.bucket_workspace([tensor]) == 4 * (2**31 // 1024 + 1)

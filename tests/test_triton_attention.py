@@ -1,12 +1,11 @@
 """The Triton kernels of ``attention`` against the reference: on a GPU, or in Triton's interpreter.
 
-As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own. It is slow, so there shapes and tiles
-are small: several tiles of queries and keys, with a rest.
+The interpreter is slow, so there shapes and tiles are small: several tiles of queries and keys, with a rest.
 """
 
 import pytest
 import torch
-from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
+from interpreter import DEVICE, HAS_GPU, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast import AttentionMask
@@ -46,11 +45,7 @@ MANY = {
 }
 
 
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def identify(case):

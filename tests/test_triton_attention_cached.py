@@ -1,11 +1,8 @@
-"""The Triton kernel of ``attention_cached`` against the reference: on a GPU, or in Triton's interpreter.
-
-As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own.
-"""
+"""The Triton kernel of ``attention_cached`` against the reference: on a GPU, or in Triton's interpreter."""
 
 import pytest
 import torch
-from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
+from interpreter import DEVICE, HAS_GPU, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast.checks import attention_cached as checks
@@ -30,11 +27,7 @@ CASES = [
 ]
 
 
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

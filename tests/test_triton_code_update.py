@@ -1,11 +1,8 @@
-"""The Triton kernels of ``quantize`` and ``ema_update_`` against the reference: on a GPU, or in Triton's interpreter.
-
-As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own.
-"""
+"""The Triton kernels of ``quantize`` and ``ema_update_`` against the reference, on a GPU or in the interpreter."""
 
 import pytest
 import torch
-from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
+from interpreter import DEVICE, HAS_GPU, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast.checks import code_update as checks
@@ -13,11 +10,7 @@ from genfast.checks import code_update as checks
 kernels = pytest.importorskip("genfast.kernels.code_update")
 
 
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

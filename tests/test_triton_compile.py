@@ -1,5 +1,6 @@
 """Ahead-of-time compilation of the Triton kernels for GPUs that this machine need not have."""
 
+import re
 from collections import defaultdict
 
 import pytest
@@ -238,7 +239,7 @@ def test_no_address_and_no_size_compiles_a_new_bucket_kernel():
 
     expected = keys([4096, 32], 1.0)
     assert len(expected) == 3
-    assert keys([64, 16], 0.5) == keys([5120] + [16] * 99, 0.25) == expected
+    assert keys([64, 16], 0.5) == keys([7, 0, 9], 0.5) == keys([5120] + [16] * 99, 0.25) == expected
 
 
 @pytest.mark.slow
@@ -364,14 +365,19 @@ def warm_up_only(monkeypatch):
     return compiled
 
 
+def instructions(kernel) -> str:
+    """Without the source's path: Triton's cache may have the kernel of another copy of this repository."""
+    return re.sub(r"\t\.file\t.*", "", kernel.asm["ptx"].partition("\t.section")[0])
+
+
 @pytest.mark.parametrize("name", compile_report.QUICK_CASES + ("randn",))
 def test_the_launcher_compiles_what_the_report_compiles(name, warm_up_only):
     case = next(case for case in configurations.CASES if case.name == name)
     (inputs, table), options = configurations.arguments(case, "fp32+bf16", device="cpu")
     sampler_step(inputs, table, **options)
     recorded = compile_report.triton_launches([name], ["fp32+bf16"]).values()
-    reported = {compile_report.compile_launch(launch, "sm_90").asm["ptx"] for _, launch in recorded}
-    assert {kernel.asm["ptx"] for kernel in warm_up_only} == reported
+    reported = {instructions(compile_report.compile_launch(launch, "sm_90")) for _, launch in recorded}
+    assert set(map(instructions, warm_up_only)) == reported
 
 
 def test_the_launcher_compiles_the_bucket_kernels_of_the_report(warm_up_only):
@@ -379,5 +385,5 @@ def test_the_launcher_compiles_the_bucket_kernels_of_the_report(warm_up_only):
     for op, (args, options) in calls.items():
         getattr(gradient_bucket, op)(*args, **options)
     recorded = compile_report.triton_launches(["bucket_int8_residual"], ["bf16"]).values()
-    reported = {compile_report.compile_launch(launch, "sm_90").asm["ptx"] for _, launch in recorded}
-    assert {kernel.asm["ptx"] for kernel in warm_up_only} == reported
+    reported = {instructions(compile_report.compile_launch(launch, "sm_90")) for _, launch in recorded}
+    assert set(map(instructions, warm_up_only)) == reported

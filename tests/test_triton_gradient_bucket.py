@@ -1,11 +1,8 @@
-"""The GPU kernels of ``gradient_bucket`` against the reference: on a GPU, or Triton's in its interpreter.
-
-As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own.
-"""
+"""The GPU kernels of ``gradient_bucket`` against the reference: on a GPU, or Triton's in its interpreter."""
 
 import pytest
 import torch
-from test_triton_sampler_step import BACKENDS, DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
+from interpreter import BACKENDS, DEVICE, HAS_GPU, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast import BucketLayout, pack_gradients, reduce_chunks, unpack_gradients
@@ -14,11 +11,21 @@ from genfast.checks import gradient_bucket as checks
 tables = pytest.importorskip("genfast.kernels.gradient_table")
 
 
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def anywhere_in_memory(device):
+    """What the ops write where nothing begins at a multiple of 16 bytes, and a gradient is not contiguous."""
+    layout = BucketLayout([700], 2, "int8")
+    gradient = torch.linspace(-1, 1, 1401, device=device)[::2][:700]
+    residual = torch.full((701,), 0.25, device=device)[1:]
+    size = layout.shape[0] * layout.chunk_bytes
+    out = torch.empty(size + 1, dtype=torch.uint8, device=device)[1:].view(layout.shape)
+    pack_gradients([gradient], layout, residual=residual, out=out)
+    reduced = torch.empty(layout.chunk_bytes + 4, dtype=torch.uint8, device=device)[4:]
+    reduce_chunks(out, layout, out=reduced)
+    written = torch.zeros(700, 2, dtype=torch.float16, device=device)
+    return [out, residual, reduced, written, *unpack_gradients(out, layout, [written[:, 0]])]
 
 
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -47,16 +54,23 @@ class TestKernels:
         assert all(map(torch.equal, got, expected))
         torch.testing.assert_close(square_norm, exact, rtol=1e-12, atol=0)
 
-    @pytest.mark.parametrize("wire", ["fp32", "fp8_e4m3"])
-    def test_many_ranks_into_a_row_of_what_was_received(self, backend, wire):
-        layout, found = BucketLayout([11 * 256 * 5], 11, wire), []
+    @pytest.mark.parametrize("wire, ranks", [("fp32", 11), ("fp8_e4m3", 12)])
+    def test_many_ranks_into_a_row_of_what_was_received(self, backend, wire, ranks):
+        layout, found = BucketLayout([ranks * 256 * 5], ranks, wire), []
         with genfast.backend("reference"):
-            sent = [pack_gradients([torch.randn(11 * 256 * 5, device=DEVICE)], layout).wire[0] for _ in range(11)]
+            sent = [pack_gradients([torch.randn(layout.numel, device=DEVICE)], layout).wire[0] for _ in range(ranks)]
         for name in ("reference", backend):
             received = torch.stack(sent)
             with genfast.backend(name):
                 found.append(reduce_chunks(received, layout, out=received[3]).clone())
         assert torch.equal(*found)
+
+    def test_buckets_and_residuals_anywhere_in_memory(self, backend):
+        found = []
+        for name in ("reference", backend):
+            with genfast.backend(name):
+                found.append(anywhere_in_memory(DEVICE))
+        assert all(map(torch.equal, *found))
 
     def test_a_sum_keeps_the_sign_of_zero(self, backend):
         layout = BucketLayout([256], 1, "fp32")
@@ -70,6 +84,24 @@ class TestKernels:
         with genfast.backend(backend):
             square_norm, finite = unpack_gradients(pack_gradients([large], layout).wire, layout, [large])
         assert finite.all() and abs(square_norm.item() / 3e63 - 1) < 1e-6
+
+    def test_more_values_than_32_bits_count(self, backend):
+        """The last ones of a tensor of 4 GiB, on a wire of half of them."""
+        tail = torch.randn(1000, device=DEVICE).bfloat16()
+        layouts = [BucketLayout([before + 1000], 1, "fp8_e4m3") for before in (0, 2**31 + 2**20)]
+        found = []
+        for layout in layouts:
+            gradient = torch.zeros(layout.numel, dtype=torch.bfloat16, device=DEVICE)
+            gradient[-1000:] = tail
+            with genfast.backend(backend):
+                wire = pack_gradients([gradient], layout).wire
+                square_norm, finite = unpack_gradients(wire, layout, [gradient.zero_()])
+            found.append([gradient[-1000:].clone(), square_norm, finite])
+        *expected, exact_norm, _ = found[0]
+        assert torch.equal(found[1][0], expected[0]) and found[1][2].all()
+        torch.testing.assert_close(found[1][1], exact_norm, rtol=1e-12, atol=0)
+
+    test_more_values_than_32_bits_count.__test__ = HAS_GPU
 
     def test_cuda_graph(self, backend):
         gradients = [torch.randn(n, device="cuda") for n in (70_001, 5, 300_000)]
@@ -100,8 +132,8 @@ class TestTable:
         others = [torch.randn(n, device=DEVICE) for n in layout.numels]
         assert tables.table_of(others, layout) is not table
         assert tables.table_of(gradients, BucketLayout(layout.numels, 2, "bf16")) is not table
-        first_mask = (1 << 60) - 1
-        assert [word & first_mask for word in table[:3].tolist()] == [t.data_ptr() for t in gradients]
+        addresses = [word % (1 << tables.DTYPE_SHIFT) for word in table[:3].tolist()]
+        assert addresses == [t.data_ptr() for t in gradients]
         assert table[3:].tolist() == [0, 300, 300, 2300, 0, 2, 2, 3]
 
     def test_kept_tables_are_few(self, monkeypatch):

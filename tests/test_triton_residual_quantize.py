@@ -3,7 +3,7 @@ a process of its own."""
 
 import pytest
 import torch
-from test_triton_sampler_step import DEVICE, RUNS_HERE, run_in_the_interpreter
+from interpreter import DEVICE, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast.checks.residual_quantize import ResidualCase, check
@@ -19,11 +19,7 @@ CASES = [
 ]
 
 
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,15 +1,8 @@
-"""The GPU backends of ``sampler_step`` against the reference.
-
-On a machine with no GPU the Triton kernels run in Triton's interpreter. That is decided when triton is imported, so
-the tests then run in a process of their own, which ``test_in_the_interpreter`` starts.
-"""
-
-import os
-import subprocess
-import sys
+"""The GPU backends of ``sampler_step`` against the reference: on a GPU, or Triton's in its interpreter."""
 
 import pytest
 import torch
+from interpreter import BACKENDS, DEVICE, HAS_GPU, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast import backends
@@ -20,36 +13,10 @@ from genfast.step_table import StepTable
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 block_words = pytest.importorskip("genfast.kernels.philox").block_words
-libtriton = pytest.importorskip("triton._C.libtriton")
-
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU and not hasattr(libtriton.interpreter, "fma_fp32"):
-    pytest.skip("the interpreter of this Triton rounds a fused multiply-add twice", allow_module_level=True)
-RUNS_HERE = HAS_GPU or backends.interpreting()
-DEVICE = "cuda" if HAS_GPU else "cpu"
-BACKENDS = [name for name in ("triton", "cuda") if name == "triton" or (HAS_GPU and backends.cuda_module())]
 X0 = dict(x0=0.5, to_x0=[1.0, -0.5])
 
 
-def run_in_the_interpreter(file):
-    """Run the tests of a file in a process that interprets Triton kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
-
-
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def randn(*shape, dtype=torch.float32, seed=0):

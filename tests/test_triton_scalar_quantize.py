@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_triton_sampler_step import DEVICE, RUNS_HERE, run_in_the_interpreter
+from interpreter import DEVICE, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast.checks import scalar_quantize as checks
@@ -24,11 +24,7 @@ CASES = [
 """Blocks of one bit, of one tile of codes, and of more than one; more rows than a tile has."""
 
 
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

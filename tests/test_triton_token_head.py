@@ -1,11 +1,8 @@
-"""The Triton kernels of ``lm_head_sample`` against the reference: on a GPU, or in Triton's interpreter.
-
-As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own.
-"""
+"""The Triton kernels of ``lm_head_sample`` against the reference: on a GPU, or in Triton's interpreter."""
 
 import pytest
 import torch
-from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
+from interpreter import DEVICE, HAS_GPU, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast.checks import token_head as checks
@@ -15,11 +12,7 @@ kernels = pytest.importorskip("genfast.kernels.token_head")
 CASES = [case for case in checks.cases() if HAS_GPU or torch.Size(case.shape).numel() * case.size < 2**20]
 
 
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,13 +1,10 @@
-"""The Triton kernels of ``token_sampling`` against the reference: on a GPU, or in Triton's interpreter.
-
-As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own.
-"""
+"""The Triton kernels of ``token_sampling`` against the reference: on a GPU, or in Triton's interpreter."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
+from interpreter import DEVICE, HAS_GPU, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast.checks import token_masking, token_transfer, token_transition
@@ -31,11 +28,7 @@ if not HAS_GPU:
     TRANSITIONS = token_transition.cases(quick=True)
 
 
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,13 +1,12 @@
 """The Triton kernels of ``nearest_code`` against the reference: on a GPU, or in Triton's interpreter.
 
-As in ``test_triton_sampler_step.py``, the interpreter needs a process of its own. It is slow, so shapes are small:
-a few blocks of codes, with a rest.
+The interpreter is slow, so shapes are small: a few blocks of codes, with a rest.
 """
 
 import numpy as np
 import pytest
 import torch
-from test_triton_sampler_step import DEVICE, HAS_GPU, RUNS_HERE, run_in_the_interpreter
+from interpreter import DEVICE, HAS_GPU, RUNS_HERE, in_the_interpreter
 
 import genfast
 from genfast.checks import vector_quantize as checks
@@ -37,11 +36,7 @@ CASES = [
 ]
 
 
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
-
-
-test_in_the_interpreter.__test__ = not RUNS_HERE
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def nearest(z, codebook, **options):

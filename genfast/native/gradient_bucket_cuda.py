@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from genfast.gradient_wire import ALIGNMENT, BucketLayout
+from genfast.gradient_wire import BucketLayout, aligned
 from genfast.native.direct import DTYPE_CODES
 from genfast.native.token_sampling import address
 
@@ -29,7 +29,7 @@ def bind(module) -> SimpleNamespace:
 
 
 def _pack(module, gradients, *, layout: BucketLayout, scale, residual, out, finite) -> None:
-    tensors, target = [t.contiguous() for t in gradients], _aligned(out)
+    tensors, target = [t.contiguous() for t in gradients], aligned(out)
     module.pack_gradients(
         _described(tensors), layout.native, scale=_scale(scale), residual=address(residual), out=target.data_ptr(),
         finite=finite.data_ptr(), **_place(out),
@@ -39,7 +39,7 @@ def _pack(module, gradients, *, layout: BucketLayout, scale, residual, out, fini
 
 
 def _reduce(module, received, *, layout: BucketLayout, scale, residual, out) -> None:
-    source, target = _aligned(received), _aligned(out)
+    source, target = aligned(received), aligned(out)
     module.reduce_chunks(
         source.data_ptr(), layout.native, scale=_scale(scale), residual=address(residual), out=target.data_ptr(),
         **_place(out),
@@ -49,10 +49,12 @@ def _reduce(module, received, *, layout: BucketLayout, scale, residual, out) -> 
 
 
 def _unpack(module, reduced, gradients, *, layout: BucketLayout, scale, square_norm, finite) -> None:
-    tensors = [t.contiguous() for t in gradients]
+    tensors = [
+        t if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format) for t in gradients
+    ]
     described = _described(tensors)
     workspace = square_norm.new_empty(module.bucket_workspace(described))
-    source = _aligned(reduced)
+    source = aligned(reduced)
     module.unpack_gradients(
         source.data_ptr(), layout.native, described, scale=_scale(scale), workspace=workspace.data_ptr(),
         square_norm=square_norm.data_ptr(), finite=finite.data_ptr(), **_place(reduced),
@@ -68,10 +70,6 @@ def _described(tensors) -> list[tuple[int, int, int]]:
 
 def _scale(scale: float | Tensor) -> tuple[int, float]:
     return (scale.data_ptr(), 1.0) if isinstance(scale, Tensor) else (0, scale)
-
-
-def _aligned(bucket: Tensor) -> Tensor:
-    return bucket.clone() if bucket.data_ptr() % ALIGNMENT else bucket
 
 
 def _place(t: Tensor) -> dict[str, int]:
