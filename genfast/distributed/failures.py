@@ -58,12 +58,7 @@ class Watch:
         self._patience = timedelta(seconds=timeout * 2 / 3)
         self.beat = min(max(timeout / BEATS, 0.02), LONGEST_BEAT)
         self.begun = [0]
-        store = dist.distributed_c10d._get_default_store()
-        # A client of its own, where torch can make one: the other one may be held by a call that blocks.
-        store = store.clone() if hasattr(store, "clone") else store
-        store = dist.PrefixStore(f"genfast/{label}", store)
-        store.set_timeout(timedelta(seconds=timeout))
-        self._talk = _Talk(store, self.rank, self.beat, self.begun)
+        self._talk = _Talk(dist.PrefixStore(f"genfast/{label}", _client()), self.rank, self.beat, self.begun)
         self._talk.start()
         self.close = weakref.finalize(self, _Talk.end, self._talk)
         self.close.atexit = False
@@ -186,6 +181,18 @@ class Watch:
             return still, f"{named(still)} died or stopped: no sign of life while rank {self.rank} waited for {what}"
         late = [r for r, (_, others) in zip(self.members, after) if others < begun]
         return late, f"{named(late)} did not come to {what} in {self.timeout:g} s, though alive"
+
+
+_clients: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _client():
+    """The store of this process's ranks, by a connection of our own where torch can make one: the other one may be held
+    by a call that waits. Nothing here waits for a key, so that all watches can share it."""
+    store = dist.distributed_c10d._get_default_store()
+    if store not in _clients:
+        _clients[store] = store.clone() if hasattr(store, "clone") else store
+    return _clients[store]
 
 
 class _Talk(threading.Thread):

@@ -3,7 +3,7 @@
 This file has no postponed annotations: DDP compares those of a hook with the classes themselves.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -115,15 +115,21 @@ def comm_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future
     indices = engine.parameters.indices(bucket.parameters())
     if buffer.layout is not torch.strided:
         raise TypeError(f"{engine.parameters.names[indices[0]]} has a sparse gradient, which buckets cannot hold")
-    in_backward = torch._C._current_graph_task_id() != -1
     if bucket.index() == 0:
         engine.start()
-        if in_backward:
-            # In two steps, so that it comes after DDP's own, which copies buckets while others are still on their way.
-            queue = torch.autograd.Variable._execution_engine.queue_callback
-            queue(lambda: queue(engine.settle))
     pending = engine.reduce(indices, bucket.gradients())
     pending.result = buffer
-    if bucket.is_last() and not in_backward:
-        engine.settle()  # a rank that has run out of data, in DDP's join(): it sends zeros, and waits for nothing else
+    settle_later(bucket, engine.settle)
     return pending.future
+
+
+def settle_later(bucket: dist.GradBucket, settle: Callable[[], None]) -> None:
+    """Have ``settle``, which may raise, called at the end of the backward pass of a bucket that has been begun."""
+    if torch._C._current_graph_task_id() == -1:
+        # A rank that has run out of data, in DDP's join(): it sends zeros, and waits for nothing else.
+        if bucket.is_last():
+            settle()
+    elif bucket.index() == 0:
+        # In two steps, so that it comes after DDP's own, which copies buckets while others are still on their way.
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(settle))
