@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import genfast
+from genfast.dropin import ddp_hooks
 
 TIMEOUT = 2.0
 
@@ -57,6 +58,24 @@ def test_a_rank_that_falls_is_named_in_time(ranks, victim, how):
         assert named == (victim,) and f"rank {victim}" in message
         # The machine may be busy; what is promised is the timeout.
         assert seconds < TIMEOUT + 1, message
+
+
+def fall_under_a_drop_in(rank):
+    ddp = DistributedDataParallel(network())
+    ddp.register_comm_hook(None, ddp_hooks.fp16_compress_hook)
+    x = torch.randn(4, 6)
+    for _ in range(2):
+        ddp(x).sum().backward()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        ddp(x).sum().backward()
+    except genfast.RankFailure as error:
+        return error.ranks
+
+
+def test_the_hooks_of_pytorch_name_a_rank_that_falls():
+    assert run(2, fall_under_a_drop_in, may_die=(1,)) == [(1,), None]
 
 
 def differ(rank, what):
