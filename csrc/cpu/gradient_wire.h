@@ -319,9 +319,7 @@ struct Place {
 
   int64_t chunk_of(int64_t block) const { return block * kGradientBlock / shape.chunk * shape.chunk_bytes; }
   int64_t within(int64_t block) const { return block % (shape.chunk / kGradientBlock); }
-  int64_t codes(int64_t block) const {
-    return chunk_of(block) + within(block) * kGradientBlock * shape.code_size();
-  }
+  int64_t codes(int64_t block) const { return chunk_of(block) + within(block) * kGradientBlock * shape.code_size(); }
   int64_t scale(int64_t block) const {
     return chunk_of(block) + shape.code_bytes + within(block) * (int64_t)sizeof(float);
   }

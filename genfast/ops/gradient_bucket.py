@@ -1,7 +1,4 @@
-"""The ops of the family ``gradient_bucket``: checks, choice of backend, torch.library.
-
-There are no GPU kernels and no benchmark yet: on a GPU these ops run the reference, with a warning.
-"""
+"""The ops of the family ``gradient_bucket``: checks, choice of backend, torch.library."""
 
 from __future__ import annotations
 
@@ -167,7 +164,8 @@ def unpack_sum(
 ) -> Unpacked:
     """The sum of buckets into gradients: read, added in float32, scaled, written, checked, in one pass.
 
-    Where every rank has all ranks' buckets there is nothing to gather, and no second rounding.
+    Where every rank has all ranks' buckets there is nothing to gather, and no second rounding. There are kernels for
+    it on CPUs; on GPUs it runs in plain PyTorch.
 
     Args:
         buckets: uint8 [n, *layout.shape], at least one: what the ranks packed.
@@ -182,12 +180,12 @@ def unpack_sum(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; nothing is then written.
         BackendUnavailable: the backend ordered with ``genfast.backend`` cannot run.
     """
-    if not torch.compiler.is_compiling() and isinstance(buckets, Tensor) and buckets.dim() == 3 and len(buckets):
-        if _is_plain(buckets[0], layout) and buckets.is_contiguous():
-            square_norm, finite = _unpack_results(buckets, layout.numels)
-            where = buckets.data_ptr(), square_norm.data_ptr(), finite.data_ptr()
-            if sum_path.run(gradients, layout.numels, layout.native, scale, len(buckets), *where) is not NotImplemented:
-                return Unpacked(square_norm, finite)
+    several = isinstance(buckets, Tensor) and buckets.dim() == 3 and len(buckets) > 0 and buckets.is_contiguous()
+    if not torch.compiler.is_compiling() and several and _is_plain(buckets[0], layout):
+        square_norm, finite = _unpack_results(buckets, layout.numels)
+        where = buckets.data_ptr(), square_norm.data_ptr(), finite.data_ptr()
+        if sum_path.run(gradients, layout.numels, layout.native, scale, len(buckets), *where) is not NotImplemented:
+            return Unpacked(square_norm, finite)
     gradients, device = _checked_targets(gradients, layout, buckets)
     count = len(buckets) if isinstance(buckets, Tensor) and buckets.dim() else 0
     buckets = _checked_wire("buckets", buckets, (max(count, 1), *layout.shape), device, made=False)
