@@ -10,8 +10,8 @@
   clipped" does it here too.
 * Two ranks of one thread each, on this machine's loopback interface: a backward pass with its reduction, and clipping.
   The peers are DDP as it comes, for which the bars are, and with ``gradient_as_bucket_view``, which spares it a copy
-  and under which our hook runs too. Ours gives the clip coefficient to a fused optimizer; its step, which nobody is timed
-  for, applies it. There is no floor: the two ranks and the threads of Gloo share this machine's cores.
+  and under which our hook runs too. Ours gives the clip coefficient to a fused optimizer; its step, which is
+  not timed for anybody, applies it. There is no floor: the two ranks and Gloo's threads share the machine's cores.
 * Errors of four ranks, played by one process, in root mean square against float64: as a multiple of those of a ring
   all-reduce in bfloat16, which rounds after every hop. Times of these rows mean nothing.
 """
@@ -23,7 +23,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gradient_bucket_ranks import DDP, DDP_VIEW, Layers, Ranks
+from benchmarks.gradient_bucket_ranks import DDP, DDP_VIEW, Layers, Ranks, Step
 from benchmarks.harness import Bar, Case, Peer, Plan, Row, Settings
 from genfast import backends
 from genfast.gradient_wire import WIRES, BucketLayout
@@ -98,7 +98,7 @@ def one_rank(layers: int, wire: str, clipped: bool = False) -> Case:
         exact=lambda: start.double(),
         copy_shape=(layout.numel,),
         peers=[Peer("copy, bf16, unscale, clip", torch.__version__, _eager(start, sizes, most, inverse_scale),
-                    bars=(Bar("ratio", at_least=ONE_RANK_BAR),))],
+                    bars=() if clipped else (Bar("ratio", at_least=ONE_RANK_BAR),))],
         bytes=layout.numel * bytes_per_value,
         output_bytes=0,
         backend=_backend(start.device),
@@ -147,9 +147,9 @@ def two_ranks(layers: int, kind: str, wire: str) -> Case:
         f"two ranks {kind} {wire}",
         (2 * layers, WIDTH * (WIDTH + 1) // 2),
         "fp32",
-        run=ranks.run(f"{kind} {wire}"),
+        run=Step(ranks, f"{kind} {wire}"),
         exact=ranks.exact,
-        peers=[Peer(name, torch.__version__, ranks.run(name), bars=bars if name == DDP else ())
+        peers=[Peer(name, torch.__version__, Step(ranks, name), bars=bars if name == DDP else ())
                for name in (DDP, DDP_VIEW)],
         backend=_backend(torch.device("cpu")),
         allowed=ALLOWED[wire],

@@ -1,7 +1,7 @@
 """Two ranks on this machine that train by turns: DDP alone, DDP with a hook of ours, and our reducer.
 
 They are processes of one thread each, joined by Gloo over the loopback interface, and do what their parent tells them
-through pipes. What is timed is the time from the order until both have done it.
+through pipes. A step begins on both at once, and takes as long as the slower one says.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+import time
 from datetime import timedelta
 
 import torch
@@ -45,7 +45,7 @@ class Variant:
 
     def __init__(self, name: str, layers: int, width: int):
         torch.manual_seed(0)
-        self.name, self.loss, self.state = name, None, None
+        self.state = None
         self.module = self.model = Layers(layers, width)
         for layer in self.module.layers:
             nn.init.orthogonal_(layer.weight)
@@ -59,30 +59,25 @@ class Variant:
             self.model.register_comm_hook(self.state, genfast.comm_hook)
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.0, fused=True)
 
-    def prepare(self, x: Tensor) -> None:
-        """All of a step of training but what is timed."""
+    def step(self, x: Tensor) -> float:
+        """Of training; returns the seconds of its backward pass with the reduction, and of clipping."""
         if self.module.layers[0].weight.grad is not None:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.loss = self.model(x)
+        loss = self.model(x)
         dist.barrier()
-
-    def step(self, x: Tensor) -> None:
-        """Backward pass with its reduction, and clipping."""
-        if self.loss is None:
-            self.prepare(x)
-        self.loss.backward()
-        self.loss = None
+        start = time.perf_counter()
+        loss.backward()
         if self.state is None:
             nn.utils.clip_grad_norm_(self.module.parameters(), MAX_NORM)
         else:
             self.state.finish(max_norm=MAX_NORM).apply_to(self.optimizer)
+        return time.perf_counter() - start
 
     def gradients(self, x: Tensor) -> bytes:
         """Of a step, flat, before they are clipped."""
-        self.prepare(x)
-        self.loss.backward()
-        self.loss = None
+        self.optimizer.zero_grad()
+        self.model(x).backward()
         if self.state is not None:
             self.state.finish()
         return torch.cat([p.grad.flatten() for p in self.module.parameters()]).numpy().tobytes()
@@ -145,32 +140,25 @@ class Ranks:
             raise RuntimeError("; ".join(errors))
         return [result for result, _ in answers]
 
-    def run(self, name: str) -> Callable:
-        """Steps of a variant, for ``benchmarks.timing``. Number 0 is not for the clock and returns gradients."""
-        return Step(self, name)
-
     def exact(self) -> Tensor:
         """The mean of the ranks' gradients, in float64."""
         return torch.stack([flat(g).double() for g in self.tell("own_gradients", DDP)]).mean(0)
 
 
 class Step:
-    """See :meth:`Ranks.run`."""
+    """Steps of a variant, for ``benchmarks.timing``. As a call it returns the gradients of one, before clipping."""
 
     def __init__(self, ranks: Ranks, name: str):
         self.ranks, self.name = ranks, name
 
-    def prepare(self, first: int, count: int) -> None:
-        """Forward pass; a step takes so long that each is timed by itself."""
-        self.ranks.tell("prepare", self.name)
+    def __call__(self, i: int) -> Tensor:
+        mine, other = self.ranks.tell("gradients", self.name)
+        if mine != other:
+            raise RuntimeError(f"{self.name}: the ranks have different gradients")
+        return flat(mine)
 
-    def __call__(self, i: int) -> Tensor | None:
-        if i == 0:
-            mine, other = self.ranks.tell("gradients", self.name)
-            if mine != other:
-                raise RuntimeError(f"{self.name}: the ranks have different gradients")
-            return flat(mine)
-        self.ranks.tell("step", self.name)
+    def seconds(self, i: int) -> float:
+        return max(self.ranks.tell("step", self.name))
 
 
 def flat(data: bytes) -> Tensor:
