@@ -77,6 +77,8 @@ def _sample(run: Run, device: torch.device, first: int, count: int) -> float:
     prepare = getattr(run, "prepare", None)  # what a call needs and what is not to be timed
     if prepare is not None:
         prepare(first, count)
+    if hasattr(run, "seconds"):  # where other processes do it, they have the clock
+        return sum(run.seconds(i) for i in range(first, first + count))
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import genfast
-from genfast import BucketLayout, backends, pack_gradients, reduce_chunks, unpack_gradients
+from genfast import BucketLayout, backends, pack_gradients, reduce_chunks, unpack_gradients, unpack_sum
 from genfast.checks import gradient_bucket as checks
 from genfast.gradient_wire import WIRES
 
@@ -57,6 +57,36 @@ def exchange(per_rank, wire, residuals=None):
     )
     written = [torch.empty_like(t) for t in per_rank[0]]
     return written, packed, unpack_gradients(reduced, layout, written)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_sum_of_buckets(wire, count):
+    """The bits of the reference on every instruction set, for tensors that share blocks, are strided, or of float16;
+    for a wire that keeps float32, the bits of the sum itself."""
+    sizes = [300, 0, 5000, 31, 256, 1]
+    layout, generator = BucketLayout(sizes, 2, wire), torch.Generator().manual_seed(count)
+    given = [[torch.randn(n, generator=generator) for n in sizes] for _ in range(count)]
+    given[-1][2][700] = torch.nan
+    buckets = torch.stack([pack_gradients(g, layout).wire for g in given])
+    found = []
+    for isa in ("reference", *PLACES):
+        with backends.backend("reference") if isa == "reference" else backends.instruction_set(isa):
+            written = [torch.zeros(n) for n in sizes]
+            written[3], written[4] = torch.zeros(31, 2)[:, 0], written[4].half()
+            square_norm, finite = unpack_sum(buckets, layout, written, scale=1 / count)
+            # Norms must not depend on where a rank keeps its gradients.
+            apart = [torch.zeros(n, 2)[:, 0] for n in sizes]
+            assert torch.equal(unpack_sum(buckets, layout, apart, scale=1 / count)[0][:2], square_norm[:2])
+            found.append([*(t.nan_to_num(7.0) for t in written), finite])
+    assert finite[:2].all() and not finite[2]
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    if wire == "fp32":
+        total = given[0][0].clone()
+        for other in given[1:]:
+            total += other[0]
+        assert torch.equal(written[0], total * torch.tensor(1 / count))
 
 
 @pytest.mark.parametrize("wire", WIRES)
@@ -211,6 +241,9 @@ def test_layout():
         (TypeError, "received must be", lambda: reduce_chunks(torch.ones(LAYOUT.shape), LAYOUT)),
         (TypeError, "reduced must be", lambda: unpack_gradients(None, LAYOUT, [torch.ones(4)])),
         (ValueError, "expanded", lambda: unpack_gradients(WIRE, LAYOUT, [torch.ones(1).expand(4)])),
+        (ValueError, "buckets is", lambda: unpack_sum(WIRE, LAYOUT, [torch.ones(4)])),
+        (ValueError, "buckets is", lambda: unpack_sum(WIRE[None][:0], LAYOUT, [torch.ones(4)])),
+        (ValueError, "expanded", lambda: unpack_sum(WIRE[None], LAYOUT, [torch.ones(1).expand(4)])),
     ],
 )
 def test_refusals(error, match, call):
@@ -232,6 +265,7 @@ def test_torch_library():
     wire = pack_gradients(gradients, layout).wire
     torch.library.opcheck(ops.reduce_chunks, (wire, *sizes, torch.tensor(0.5), 1.0, None, chunk))
     torch.library.opcheck(ops.unpack_gradients, (wire, gradients, *sizes, None, 0.5))
+    torch.library.opcheck(ops.unpack_sum, (torch.stack([wire, wire]), gradients, *sizes, None, 0.5))
 
 
 def test_compiled():

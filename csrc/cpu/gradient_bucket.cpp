@@ -2,9 +2,10 @@
 // genfast/reference/gradient_bucket.py).
 //
 // The values of all tensors, one after the other, are cut into groups of 16 blocks of 256 values; a thread takes a run
-// of groups. A block is gathered into the first-level cache, wherever its values lie, and everything is done to it
-// there: scale, residual, finiteness, codes; or codes, scale, squares, finiteness. Squares are added in float64, block
-// by block and tensor by tensor, in an order that no thread changes.
+// of groups. A block that lies inside one float32 tensor is read and written there; others are gathered into the
+// first-level cache first. Everything is done to a block while it is there: scale, residual, finiteness, codes; or
+// codes, sum over the ranks, scale, squares, finiteness. Squares are added in float64, block by block and tensor by
+// tensor, in an order that no thread and no stride changes.
 #include "cpu/gradient_bucket.h"
 
 #include <algorithm>
@@ -76,28 +77,33 @@ void scatter(const GradientTensor& t, int64_t from, int64_t n, const float* v) {
   walk(t, from, n, [&](int64_t i, char* p) { store_run(v + i, 1, p, t.dtype); });
 }
 
-// Whether any of n values is not finite, also as a cast value of the wire.
-bool any_odd(const float* v, int64_t n, int wire) {
-  // What rounds to infinity: from 65520 on in float16, from 2^128 - 2^119 on in bfloat16.
-  const uint32_t limit = wire == kFloat16 ? 0x477FF000u : wire == kBFloat16 ? 0x7F7F8000u : 0x7F800000u;
+// Whether any of n values is not finite on the wire.
+bool any_odd(const float* v, int64_t n, uint32_t limit) {
   uint32_t bad = 0;
   for (int64_t i = 0; i < n; i++) bad |= (to_bits(v[i]) & 0x7FFFFFFFu) >= limit;
   return bad;
 }
 
-double sum_of_squares(const float* v, int64_t n) {
-  constexpr int kSums = 16;  // side by side, for the vectors and their latency
-  double sum[kSums] = {}, total = 0;
-  int64_t i = 0;
-  for (; i + kSums <= n; i += kSums)
-    for (int k = 0; k < kSums; k++) sum[k] += (double)v[i + k] * v[i + k];
-  for (; i < n; i++) total += (double)v[i] * v[i];
-  for (int k = 0; k < kSums; k++) total += sum[k];
-  return total;
-}
-
 // Threads write the same value, if any.
 void mark(uint8_t* flag) { __atomic_store_n(flag, (uint8_t)0, __ATOMIC_RELAXED); }
+
+// The float32 values of a block, where they lie if they are neighbours in memory, else nullptr.
+float* in_place(const GradientTensor& t, int64_t offset, const Segment& segment, int64_t at) {
+  const bool plain = t.dtype == kFloat32 && t.sizes.empty();
+  return plain && segment.begin <= at && at + kGradientBlock <= segment.end
+             ? reinterpret_cast<float*>(t.data) + (at - offset)
+             : nullptr;
+}
+
+// A block that lies in several tensors, or not as float32: body(segment, first value in the block, values).
+template <class Body>
+void pieces(const Segments& segments, int64_t s, int64_t at, const Body& body) {
+  for (; s < (int64_t)segments.all.size() && segments.all[s].begin < at + kGradientBlock; s++) {
+    const int64_t begin = std::max(segments.all[s].begin, at);
+    const int64_t end = std::min(segments.all[s].end, at + kGradientBlock);
+    body(s, begin - at, end - begin);
+  }
+}
 
 }  // namespace
 
@@ -105,93 +111,105 @@ void pack_gradients(const std::vector<GradientTensor>& tensors, const WireShape&
                     float* residual, uint8_t* out, uint8_t* finite) {
   std::fill(finite, finite + tensors.size(), (uint8_t)1);
   const Segments segments(tensors);
+  const Place place{shape};
   const int64_t total = shape.ranks * shape.chunk, groups = (total + kGroup - 1) / kGroup;
-  const int64_t per_chunk = shape.chunk / kGradientBlock;
   const float factor = scale.get();
+  const uint32_t limit = limit_of(shape.wire);
+  const WriteBlock write = residual ? writer<true>(shape.wire) : writer<false>(shape.wire);
   parallel_for(threads_for(total, kGrain), groups, [&](int64_t first, int64_t last) {
-    alignas(64) float v[kGroup];
+    alignas(64) float v[kGradientBlock], sum[kGradientBlock], left[kGradientBlock];
     for (int64_t group = first; group < last; group++) {
-      const int64_t begin = group * kGroup, end = std::min(begin + kGroup, total);
-      const int64_t filled = std::max<int64_t>(std::min(end, shape.numel) - begin, 0);
-      std::fill(v + filled, v + (end - begin), 0.0f);
-      if (group < segments.groups()) {
-        for (int64_t s = segments.first[group]; s < segments.first[group + 1]; s++) {
-          const Segment& segment = segments.all[s];
-          const int64_t n = segment.end - segment.begin;
-          float* x = v + (segment.begin - begin);
-          gather(tensors[segment.tensor], segment.begin - segments.offsets[segment.tensor], n, x);
-          if (factor != 1)
-            for (int64_t i = 0; i < n; i++) x[i] *= factor;
-          if (residual)
-            for (int64_t i = 0; i < n; i++) x[i] += residual[segment.begin + i];
-          if (any_odd(x, n, shape.wire)) mark(finite + segment.tensor);
+      int64_t s = group < segments.groups() ? segments.first[group] : (int64_t)segments.all.size();
+      const int64_t end = std::min((group + 1) * kGroup, total);
+      for (int64_t at = group * kGroup; at < end; at += kGradientBlock) {
+        while (s < (int64_t)segments.all.size() && segments.all[s].end <= at) s++;
+        const bool any = s < (int64_t)segments.all.size();
+        const int64_t block = at / kGradientBlock, tensor = any ? segments.all[s].tensor : 0;
+        const int64_t n = std::clamp<int64_t>(shape.numel - at, 0, kGradientBlock);
+        const float* there = any ? in_place(tensors[tensor], segments.offsets[tensor], segments.all[s], at) : nullptr;
+        if (!there) {
+          std::fill(v + n, v + kGradientBlock, 0.0f);
+          pieces(segments, s, at, [&](int64_t piece, int64_t from, int64_t count) {
+            const int64_t t = segments.all[piece].tensor;
+            gather(tensors[t], at + from - segments.offsets[t], count, v + from);
+          });
         }
-      }
-      for (int64_t at = begin; at < end; at += kGradientBlock) {
-        const int64_t block = at / kGradientBlock;
-        const Chunk chunk{shape, out + block / per_chunk * shape.chunk_bytes};
-        chunk.write(block % per_chunk, v + (at - begin));
-        if (residual && at < shape.numel)
-          keep_residual(chunk, block % per_chunk, v + (at - begin), std::min(kGradientBlock, shape.numel - at),
-                        residual + at);
+        float* kept = residual ? residual + at : nullptr;
+        if (residual && n < kGradientBlock) {
+          std::fill(std::copy(kept, kept + n, left), left + kGradientBlock, 0.0f);
+          kept = left;
+        }
+        // Whether a tensor is sound is seen in its block, or, in one that it shares, before residuals are overwritten.
+        if (!there && n) {
+          for (int64_t i = 0; i < n; i++) v[i] *= factor;
+          for (int64_t i = 0; i < n; i++) sum[i] = kept ? v[i] + kept[i] : v[i];
+          pieces(segments, s, at, [&](int64_t piece, int64_t from, int64_t count) {
+            if (any_odd(sum + from, count, limit)) mark(finite + segments.all[piece].tensor);
+          });
+        }
+        float* scales = reinterpret_cast<float*>(out + place.scale(block));
+        const uint32_t most = write(there ? there : v, there ? factor : 1.0f, kept, out + place.codes(block), scales);
+        if (there && most >= limit) mark(finite + tensor);
+        if (kept == left && n) std::copy(left, left + n, residual + at);
       }
     }
   });
-  for (int64_t r = 0; r < shape.ranks; r++) Chunk{shape, out + r * shape.chunk_bytes}.finish();
+  for (int64_t r = 0; r < shape.ranks; r++) place.finish(out + r * shape.chunk_bytes);
 }
 
 void reduce_chunks(const uint8_t* received, const WireShape& shape, const BucketScale& scale, float* residual,
                    uint8_t* out) {
   const float factor = scale.get();
-  const Chunk to{shape, out};
+  const Place place{shape};
+  const ReadBlock read = reader<false>(shape.wire, shape.ranks);
+  const WriteBlock write = residual ? writer<true>(shape.wire) : writer<false>(shape.wire);
   parallel_for(threads_for(shape.chunk * shape.ranks, kGrain), shape.chunk / kGradientBlock,
                [&](int64_t first, int64_t last) {
-                 alignas(64) float sum[kGradientBlock], v[kGradientBlock];
+                 alignas(64) float sum[kGradientBlock];
                  for (int64_t block = first; block < last; block++) {
-                   for (int64_t r = 0; r < shape.ranks; r++) {
-                     const Chunk from{shape, const_cast<uint8_t*>(received) + r * shape.chunk_bytes};
-                     from.read(block, r ? v : sum);
-                     if (r)
-                       for (int i = 0; i < kGradientBlock; i++) sum[i] += v[i];
-                   }
-                   float* kept = residual ? residual + block * kGradientBlock : nullptr;
-                   for (int i = 0; i < kGradientBlock; i++) sum[i] *= factor;
-                   if (kept)
-                     for (int i = 0; i < kGradientBlock; i++) sum[i] += kept[i];
-                   to.write(block, sum);
-                   if (kept) keep_residual(to, block, sum, kGradientBlock, kept);
+                   const int64_t codes = place.codes(block), scales = place.scale(block);
+                   read(received + codes, reinterpret_cast<const float*>(received + scales), shape.ranks,
+                        shape.chunk_bytes, factor, sum);
+                   write(sum, 1.0f, residual ? residual + block * kGradientBlock : nullptr, out + codes,
+                         reinterpret_cast<float*>(out + scales));
                  }
                });
-  to.finish();
+  place.finish(out);
 }
 
-void unpack_gradients(const uint8_t* reduced, const WireShape& shape, const std::vector<GradientTensor>& tensors,
-                      const BucketScale& scale, double* square_norm, uint8_t* finite) {
+void unpack_gradients(const uint8_t* buckets, int64_t count, const WireShape& shape,
+                      const std::vector<GradientTensor>& tensors, const BucketScale& scale, double* square_norm,
+                      uint8_t* finite) {
   std::fill(finite, finite + tensors.size(), (uint8_t)1);
   const Segments segments(tensors);
-  const int64_t per_chunk = shape.chunk / kGradientBlock;
+  const Place place{shape};
   const float factor = scale.get();
+  const ReadBlock read = reader<true>(shape.wire, count);
+  const int64_t stride = shape.ranks * shape.chunk_bytes;
   std::vector<double> squares(segments.all.size());
-  parallel_for(threads_for(shape.numel, kGrain), segments.groups(), [&](int64_t first, int64_t last) {
-    alignas(64) float v[kGroup];
+  parallel_for(threads_for(shape.numel * count, kGrain), segments.groups(), [&](int64_t first, int64_t last) {
+    alignas(64) float v[kGradientBlock];
     for (int64_t group = first; group < last; group++) {
-      const int64_t begin = group * kGroup, end = std::min(begin + kGroup, shape.numel);
-      for (int64_t at = begin; at < end; at += kGradientBlock) {
-        const int64_t block = at / kGradientBlock;
-        const Chunk chunk{shape, const_cast<uint8_t*>(reduced) + block / per_chunk * shape.chunk_bytes};
-        float* x = v + (at - begin);
-        chunk.read(block % per_chunk, x);
-        if (factor != 1)
-          for (int i = 0; i < kGradientBlock; i++) x[i] *= factor;
-      }
-      for (int64_t s = segments.first[group]; s < segments.first[group + 1]; s++) {
-        const Segment& segment = segments.all[s];
-        const int64_t n = segment.end - segment.begin;
-        const float* x = v + (segment.begin - begin);
-        scatter(tensors[segment.tensor], segment.begin - segments.offsets[segment.tensor], n, x);
-        if (any_odd(x, n, kFloat32)) mark(finite + segment.tensor);
-        for (int64_t i = 0; i < n; i += kGradientBlock)
-          squares[s] += sum_of_squares(x + i, std::min(kGradientBlock, n - i));
+      int64_t s = segments.first[group];
+      const int64_t end = std::min((group + 1) * kGroup, shape.numel);
+      for (int64_t at = group * kGroup; at < end; at += kGradientBlock) {
+        while (segments.all[s].end <= at) s++;
+        const int64_t block = at / kGradientBlock, tensor = segments.all[s].tensor;
+        float* there = in_place(tensors[tensor], segments.offsets[tensor], segments.all[s], at);
+        const float* scales = reinterpret_cast<const float*>(buckets + place.scale(block));
+        const Found found = read(buckets + place.codes(block), scales, count, stride, factor, there ? there : v);
+        if (there) {
+          squares[s] += found.square;
+          if (found.most >= 0x7F800000u) mark(finite + tensor);
+          continue;
+        }
+        pieces(segments, s, at, [&](int64_t piece, int64_t from, int64_t n) {
+          const Segment& segment = segments.all[piece];
+          const int64_t place_in = at + from - segments.offsets[segment.tensor];
+          scatter(tensors[segment.tensor], place_in, n, v + from);
+          squares[piece] += sum_of_squares(v + from, n);
+          if (found.most >= 0x7F800000u && any_odd(v + from, n, 0x7F800000u)) mark(finite + segment.tensor);
+        });
       }
     }
   });

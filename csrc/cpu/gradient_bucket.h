@@ -35,7 +35,9 @@ void pack_gradients(const std::vector<GradientTensor>& tensors, const WireShape&
                     float* residual, uint8_t* out, uint8_t* finite);
 void reduce_chunks(const uint8_t* received, const WireShape& shape, const BucketScale& scale, float* residual,
                    uint8_t* out);
-void unpack_gradients(const uint8_t* reduced, const WireShape& shape, const std::vector<GradientTensor>& tensors,
-                      const BucketScale& scale, double* square_norm, uint8_t* finite);
+// Of the sum of `count` buckets, one after the other in memory.
+void unpack_gradients(const uint8_t* buckets, int64_t count, const WireShape& shape,
+                      const std::vector<GradientTensor>& tensors, const BucketScale& scale, double* square_norm,
+                      uint8_t* finite);
 
 }  // namespace genfast

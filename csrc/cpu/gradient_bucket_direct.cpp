@@ -59,7 +59,8 @@ bool read_list(PyObject* list, PyObject* numels, std::vector<GradientTensor>& to
 
 enum Argument { kTensors, kNumels, kLayout, kFactor, kResidual, kWire, kSquares, kFinite, kArguments };
 
-// (list of tensors, numels, (ranks, chunk, ...), factor, residual address or 0, wire address, squares or 0, finite).
+// (list of tensors, numels, (ranks, chunk, ...), factor, residual address or 0, wire address, squares or 0, finite); to
+// unpack, the number of buckets in place of the residual.
 bool read_arguments(PyObject* const* v, std::vector<GradientTensor>& tensors, WireShape& shape, BucketScale& scale,
                     int64_t (&addresses)[4]) {
   double factor;
@@ -87,7 +88,8 @@ PyObject* bucket_direct(PyObject*, PyObject* const* v, Py_ssize_t count) {
     if (PACK)
       pack_gradients(tensors, shape, scale, at<float>(where[0]), at<uint8_t>(where[1]), at<uint8_t>(where[3]));
     else
-      unpack_gradients(at<uint8_t>(where[1]), shape, tensors, scale, at<double>(where[2]), at<uint8_t>(where[3]));
+      unpack_gradients(at<uint8_t>(where[1]), where[0], shape, tensors, scale, at<double>(where[2]),
+                       at<uint8_t>(where[3]));
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
   }
@@ -100,8 +102,8 @@ PyMethodDef pack_method = {"pack_gradients_direct", (PyCFunction)(void (*)(void)
                            "position; NotImplemented for anything but the plain case."};
 PyMethodDef unpack_method = {"unpack_gradients_direct", (PyCFunction)(void (*)(void))bucket_direct<false>,
                              METH_FASTCALL,
-                             "unpack_gradients_direct(tensors, numels, layout, factor, 0, wire, squares, finite), all "
-                             "by position; NotImplemented for anything but the plain case."};
+                             "unpack_gradients_direct(tensors, numels, layout, factor, count of buckets, buckets, "
+                             "squares, finite), all by position; NotImplemented for anything but the plain case."};
 
 }  // namespace
 
@@ -127,14 +129,14 @@ void register_gradient_bucket(py::module_& module) {
   module.def(
       "unpack_gradients",
       [](uintptr_t reduced, const PyLayout& layout, const PyTensors& tensors, const PyScale& scale,
-         uintptr_t square_norm, uintptr_t finite) {
+         uintptr_t square_norm, uintptr_t finite, int64_t count) {
         const auto given = tensors_of(tensors);
         py::gil_scoped_release release;
-        unpack_gradients(at<uint8_t>(reduced), shape_of(layout), given, scale_of(scale), at<double>(square_norm),
+        unpack_gradients(at<uint8_t>(reduced), count, shape_of(layout), given, scale_of(scale), at<double>(square_norm),
                          at<uint8_t>(finite));
       },
       py::arg("reduced"), py::arg("layout"), py::arg("tensors"), py::kw_only(), py::arg("scale"),
-      py::arg("square_norm"), py::arg("finite"));
+      py::arg("square_norm"), py::arg("finite"), py::arg("count") = 1);
   add_direct(module, pack_method);
   add_direct(module, unpack_method);
 }

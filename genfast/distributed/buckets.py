@@ -12,9 +12,10 @@ class Bucket:
     """Some parameters' place on the wire.
 
     Usually ``sent`` is what this rank packs, chunk r for rank r, and ``received`` its own chunk of every rank; in the
-    end ``sent`` holds everybody's reduced chunks. Two ranks that both need the sum send each other all they have: no
-    more bytes, and half the waiting. Then ``sent`` is this rank's row of ``received``, and the sum goes to ``reduced``.
-    ``residual`` and ``sum_residual`` are what the two roundings left out, or None without error feedback.
+    end ``sent`` holds everybody's reduced chunks. ``direct``: two ranks on CPUs that both need the sum send each other
+    all they have, which is no more bytes, and half the waiting. Then ``sent`` is this rank's row of ``received``, which
+    both add up by themselves: there is no second rounding. ``residual`` and ``sum_residual`` are what the two roundings
+    left out, or None without error feedback.
     """
 
     def __init__(
@@ -24,19 +25,18 @@ class Bucket:
         def made(shape):
             return torch.empty(shape, dtype=torch.uint8, device=device)
 
-        self.direct = direct and ranks == 2
-        self.layout = self.sum_layout = BucketLayout(numels, 1 if self.direct else ranks, wire)
+        self.direct = direct and ranks == 2 and device.type == "cpu"
+        self.layout = BucketLayout(numels, 1 if self.direct else ranks, wire)
+        self.received = made((ranks, self.layout.chunk_bytes))
         if self.direct:
-            self.sum_layout = BucketLayout([2 * self.layout.chunk], 2, wire)
-            self.received, self.reduced = made((2, self.layout.chunk_bytes)), made(self.layout.shape)
-            self.sent, self.sum = self.received[rank : rank + 1], self.reduced[0]
+            self.sent = self.received[rank : rank + 1]
         else:
-            self.received, self.sent = made(self.layout.shape), made(self.layout.shape)
-            self.reduced, self.sum = self.sent, self.received[rank]
+            self.sent, self.sum = made(self.layout.shape), self.received[rank]
         self.residual = self.sum_residual = None
         if error_feedback:
             self.residual = torch.zeros(self.layout.numel, device=device)
-            self.sum_residual = torch.zeros(self.layout.chunk, device=device) if ranks > 1 else None
+            if ranks > 1 and not self.direct:
+                self.sum_residual = torch.zeros(self.layout.chunk, device=device)
 
     def parts(self) -> list[Tensor]:
         """The residual of each tensor."""

@@ -88,9 +88,10 @@ class Exchange:
         self, bucket: Bucket, gradients: list[Tensor], scale: float | Tensor, last: Callable[[], Any], what: str,
         average: bool, gather: bool = True,
     ) -> Pending:  # fmt: skip
-        """Send a bucket on its way; ``last`` is called when ``bucket.reduced`` is there.
+        """Send a bucket on its way; ``last`` is called when everybody's sums are there, in ``bucket.sent``.
 
-        Without ``gather`` there is only what this rank has summed, ``bucket.sum``.
+        Without ``gather`` there is only what this rank has summed, ``bucket.sum``. If ``bucket.direct``, ``last`` finds
+        both ranks' buckets in ``bucket.received``, and adds them up itself.
         """
         if self._stream is None:
             return self._begin(bucket, gradients, scale, last, what, average, gather)
@@ -119,14 +120,15 @@ class Exchange:
                 if lost is not None:
                     raise self.watch.failure(what, str(lost))
                 self._wait(works, what)
-                reduce_chunks(
-                    bucket.received, bucket.sum_layout, scale=1 / self.ranks if average else 1.0,
-                    residual=bucket.sum_residual, out=bucket.sum,
-                )  # fmt: skip
-                if gather and not bucket.direct:
-                    gathering = self._gather(bucket.sent, bucket.sum, what)
-                    yield
-                    self._wait(gathering, what)
+                if not bucket.direct:
+                    reduce_chunks(
+                        bucket.received, bucket.layout, scale=1 / self.ranks if average else 1.0,
+                        residual=bucket.sum_residual, out=bucket.sum,
+                    )  # fmt: skip
+                    if gather:
+                        gathering = self._gather(bucket.sent, bucket.sum, what)
+                        yield
+                        self._wait(gathering, what)
             pending.outcome = last()
 
         if self._jobs is None:

@@ -24,9 +24,11 @@ def bind(module, override: ContextVar) -> SimpleNamespace:
     return SimpleNamespace(
         pack_gradients_direct=module.pack_gradients_direct,
         unpack_gradients_direct=module.unpack_gradients_direct,
+        unpack_sum_direct=module.unpack_gradients_direct,
         pack_gradients=functools.partial(_pack, module),
         reduce_chunks=functools.partial(_reduce, module),
         unpack_gradients=functools.partial(_unpack, module),
+        unpack_sum=functools.partial(_unpack_sum, module),
     )
 
 
@@ -56,8 +58,12 @@ def _reduce(module, received, *, layout: BucketLayout, scale, residual, out) -> 
     )
 
 
-def _unpack(module, reduced, gradients, *, layout: BucketLayout, scale, square_norm, finite) -> None:
+def _unpack(module, reduced, gradients, *, layout: BucketLayout, scale, square_norm, finite, count: int = 1) -> None:
     module.unpack_gradients(
         reduced.data_ptr(), layout.native, _tensors(gradients), scale=_scale(scale),
-        square_norm=square_norm.data_ptr(), finite=finite.data_ptr(),
+        square_norm=square_norm.data_ptr(), finite=finite.data_ptr(), count=count,
     )  # fmt: skip
+
+
+def _unpack_sum(module, buckets, gradients, **options) -> None:
+    _unpack(module, buckets, gradients, count=len(buckets), **options)

@@ -21,6 +21,7 @@ FAMILY = "gradient_bucket"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pack_path = HotPath(FAMILY, "pack_gradients")
 unpack_path = HotPath(FAMILY, "unpack_gradients")
+sum_path = HotPath(FAMILY, "unpack_sum")
 
 
 @export(FAMILY)
@@ -152,17 +153,49 @@ def unpack_gradients(
     if not torch.compiler.is_compiling() and reduced is not None and _is_plain(reduced, layout):
         square_norm, finite = _unpack_results(reduced, layout.numels)
         where = reduced.data_ptr(), square_norm.data_ptr(), finite.data_ptr()
-        if unpack_path.run(gradients, layout.numels, layout.native, scale, 0, *where) is not NotImplemented:
+        if unpack_path.run(gradients, layout.numels, layout.native, scale, 1, *where) is not NotImplemented:
             return Unpacked(square_norm, finite)
-    gradients = _checked_gradients(gradients, layout)
-    for k, t in enumerate(gradients):
-        if any(n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride())):
-            raise ValueError(f"gradients[{k}] is an expanded tensor: several of its elements share one place in memory")
-    device = gradients[0].device if gradients else _device_of(reduced)
+    gradients, device = _checked_targets(gradients, layout, reduced)
     reduced = _checked_wire("reduced", reduced, layout.shape, device, made=False)
     scale, number = _checked_scale(scale, device)
     call = _unpack_op if torch.compiler.is_compiling() else _unpack
     return Unpacked(*call(reduced, gradients, *_flat(layout), scale, number))
+
+
+@export(FAMILY)
+def unpack_sum(
+    buckets: Tensor, layout: BucketLayout, gradients: Sequence[Tensor], *, scale: float | Tensor = 1.0
+) -> Unpacked:
+    """The sum of buckets into gradients: read, added in float32, scaled, written, checked, in one pass.
+
+    Where every rank has all ranks' buckets there is nothing to gather, and no second rounding. There are kernels for
+    it on CPUs; on GPUs it runs in plain PyTorch.
+
+    Args:
+        buckets: uint8 [n, *layout.shape], at least one: what the ranks packed.
+        layout: the :class:`BucketLayout`.
+        gradients: where to write, as in :func:`unpack_gradients`.
+        scale: a float, or a float32 tensor of one number; the sum is multiplied by it (1 / n averages).
+
+    Returns:
+        :class:`Unpacked`. The sum runs from bucket 0 upwards.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; nothing is then written.
+        BackendUnavailable: the backend ordered with ``genfast.backend`` cannot run.
+    """
+    several = isinstance(buckets, Tensor) and buckets.dim() == 3 and len(buckets) > 0 and buckets.is_contiguous()
+    if not torch.compiler.is_compiling() and several and _is_plain(buckets[0], layout):
+        square_norm, finite = _unpack_results(buckets, layout.numels)
+        where = buckets.data_ptr(), square_norm.data_ptr(), finite.data_ptr()
+        if sum_path.run(gradients, layout.numels, layout.native, scale, len(buckets), *where) is not NotImplemented:
+            return Unpacked(square_norm, finite)
+    gradients, device = _checked_targets(gradients, layout, buckets)
+    count = len(buckets) if isinstance(buckets, Tensor) and buckets.dim() else 0
+    buckets = _checked_wire("buckets", buckets, (max(count, 1), *layout.shape), device, made=False)
+    scale, number = _checked_scale(scale, device)
+    call = _sum_op if torch.compiler.is_compiling() else _sum
+    return Unpacked(*call(buckets, gradients, *_flat(layout), scale, number))
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -209,6 +242,15 @@ def _checked_gradients(gradients, layout) -> list[Tensor]:
         if t.device != gradients[0].device:
             raise ValueError(f"gradients[{k}] is on {t.device}; expected {gradients[0].device}, as the first")
     return [t.detach() for t in gradients]
+
+
+def _checked_targets(gradients, layout, wire) -> tuple[list[Tensor], torch.device]:
+    """Gradients to be written, and their device."""
+    gradients = _checked_gradients(gradients, layout)
+    for k, t in enumerate(gradients):
+        if any(n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride())):
+            raise ValueError(f"gradients[{k}] is an expanded tensor: several of its elements share one place in memory")
+    return gradients, gradients[0].device if gradients else _device_of(wire)
 
 
 def _checked_scale(scale, device) -> tuple[Tensor | None, float]:
@@ -283,10 +325,20 @@ def _unpack(
     reduced: Tensor, gradients: Sequence[Tensor], numels: Sequence[int], ranks: int, wire: str, scale: Tensor | None,
     number: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    layout = BucketLayout(numels, ranks, wire)
-    square_norm, finite = _unpack_results(reduced, numels)
+    return _unpack_by("unpack_gradients", reduced, gradients, BucketLayout(numels, ranks, wire), scale, number)
+
+
+def _sum(
+    buckets: Tensor, gradients: Sequence[Tensor], numels: Sequence[int], ranks: int, wire: str, scale: Tensor | None,
+    number: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _unpack_by("unpack_sum", buckets, gradients, BucketLayout(numels, ranks, wire), scale, number)
+
+
+def _unpack_by(op, buckets, gradients, layout, scale, number) -> tuple[Tensor, Tensor]:
+    square_norm, finite = _unpack_results(buckets, layout.numels)
     _run(
-        "unpack_gradients", reduced.device, layout.numel, reduced, gradients, layout=layout,
+        op, buckets.device, layout.numel, buckets, gradients, layout=layout,
         scale=number if scale is None else scale, square_norm=square_norm, finite=finite,
     )  # fmt: skip
     return square_norm, finite
@@ -316,7 +368,15 @@ _unpack_op = torch.library.custom_op(
     schema=f"(Tensor reduced, Tensor(a!)[] gradients, {_LAYOUT}) -> (Tensor, Tensor)",
 )
 
+_sum_op = torch.library.custom_op(
+    "genfast::unpack_sum",
+    _sum,
+    mutates_args=("gradients",),
+    schema=f"(Tensor buckets, Tensor(a!)[] gradients, {_LAYOUT}) -> (Tensor, Tensor)",
+)
 
+
+@_sum_op.register_fake
 @_unpack_op.register_fake
 def _unpack_fake(reduced, gradients, numels, ranks, wire, scale, number):
     return _unpack_results(reduced, numels)

@@ -90,8 +90,19 @@ def reduce_chunks(received, *, layout: BucketLayout, scale, residual, out) -> No
 
 def unpack_gradients(reduced, gradients, *, layout: BucketLayout, scale, square_norm, finite) -> None:
     """gradients from reduced uint8 [ranks, chunk_bytes], times scale; per tensor the sum of squares and finiteness."""
-    flat = (decode(reduced, layout) * scale).flatten()
-    for k, (part, gradient) in enumerate(zip(_per_tensor(flat, layout), gradients)):
+    _write(decode(reduced, layout) * scale, gradients, layout, square_norm, finite)
+
+
+def _write(values: Tensor, gradients, layout: BucketLayout, square_norm, finite) -> None:
+    for k, (part, gradient) in enumerate(zip(_per_tensor(values.flatten(), layout), gradients)):
         gradient.copy_(part.view(gradient.shape))
         square_norm[k] = part.double().square().sum()
         finite[k] = part.isfinite().all()
+
+
+def unpack_sum(buckets, gradients, *, layout: BucketLayout, scale, square_norm, finite) -> None:
+    """The same from buckets uint8 [n, ranks, chunk_bytes]: (bucket 0 + bucket 1 + ...) * scale, added in this order."""
+    total = decode(buckets[0], layout).clone()
+    for other in buckets[1:]:
+        total += decode(other, layout)
+    _write(total * scale, gradients, layout, square_norm, finite)
