@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Build, verify, test and benchmark genfast on a GPU machine that has no network, in at most 9 minutes.
 #
-#   benchmarks/gpu.sh            leaves its files in $OUT, or in benchmarks/results if OUT is not set
+#   benchmarks/gpu.sh [FAMILY ...]      leaves its files in $OUT, or in benchmarks/results if OUT is not set
+#
+# All families by default, each case measured for a moment only, without the drop-ins; those named at length, against
+# their bars. Their share of the time is equal, and one that runs out of it takes none from the others.
 #
 # Needs Python with torch, triton, pybind11, ninja, pytest and hypothesis, and nvcc for the CUDA backend; what else is
 # missing (diffusers, matplotlib) is named by the benchmark. PYTHON chooses the interpreter. A stage that fails or runs
 # out of time is reported and the next one starts all the same; the exit code is then 1.
 #
-# Files: gpu_bench.json and gpu_bench.txt (rows and table), gpu_bench.png, gpu_compile.txt (registers and spills),
+# Files: gpu_bench_FAMILY.json, .txt and .png (rows, table, plot), gpu_compile.txt (registers and spills),
 # gpu_verify.txt, gpu_stages.txt (verdicts and times) and gpu_log.txt (everything that was printed).
 
 set -uo pipefail
@@ -58,8 +61,13 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuda", torch.ve
 stage build 120 /dev/null env PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 stage verify 70 "$out/gpu_verify.txt" "$python" -c 'import sys, genfast; sys.exit(not genfast.verify())'
-parts=$("$python" -c 'from genfast.backends import FAMILIES, parts; print(*(p for f in FAMILIES for p in parts(f)))' \
-    2>>"$log")
+families=("$@") quick=()
+if [ $# -eq 0 ]; then
+    quick=(--quick)
+    read -ra families < <("$python" -c 'from genfast.backends import FAMILIES; print(*FAMILIES)' 2>>"$log")
+fi
+parts=$("$python" -c 'import sys, genfast.backends as b; print(*(p for f in sys.argv[1:] for p in b.parts(f)))' \
+    "${families[@]}" 2>>"$log")
 files=(tests/test_random.py)
 for part in $parts; do
     for file in tests/test_*"$part"*.py; do
@@ -67,8 +75,11 @@ for part in $parts; do
     done
 done
 stage tests 130 /dev/null "$python" -m pytest -q -p no:cacheprovider "${files[@]}"
-stage bench 190 "$out/gpu_bench.txt" "$python" -m benchmarks --device cuda \
-    --json "$out/gpu_bench.json" --plot "$out/gpu_bench.png"
+for family in "${families[@]}"; do
+    name=$out/gpu_bench_$family
+    stage "bench $family" $((190 / ${#families[@]})) "$name.txt" "$python" -m benchmarks "$family" --device cuda \
+        "${quick[@]}" --json "$name.json" --plot "$name.png"
+done
 stage compile 60 "$out/gpu_compile.txt" "$python" -m benchmarks.compile_report --quick
 
 say "== stages"

@@ -62,56 +62,41 @@ __device__ __forceinline__ bool is_wide(const Operand& o, uint32_t position) {
   return (reinterpret_cast<uintptr_t>(o.data) + (uintptr_t)position * (o.dtype == kFloat32 ? 4 : 2)) % 16 == 0;
 }
 
-// The dtypes of gradients, looked at once per run.
-template <int V>
-__device__ __forceinline__ void load_gradient(float (&v)[V], const Operand& o, int64_t at, bool wide) {
-  if (o.dtype == kFloat32)
-    load_as<kFloat32>(v, o.data, at, V, wide);
-  else if (o.dtype == kBFloat16)
-    load_as<kBFloat16>(v, o.data, at, V, wide);
+// Reads V neighbours of a gradient, or writes them.
+template <bool WRITE, int D, int V>
+__device__ __forceinline__ void move_as(float (&v)[V], const Operand& o, int64_t at, bool wide) {
+  if constexpr (WRITE)
+    store_as<D>(v, o.data, at, V, wide);
   else
-    load_as<kFloat16>(v, o.data, at, V, wide);
+    load_as<D>(v, o.data, at, V, wide);
 }
 
-template <int V>
-__device__ __forceinline__ void store_gradient(const float (&v)[V], const Operand& o, int64_t at, bool wide) {
+template <bool WRITE, int V>
+__device__ __forceinline__ void move(float (&v)[V], const Operand& o, int64_t at, bool wide) {
   if (o.dtype == kFloat32)
-    store_as<kFloat32>(v, o.data, at, V, wide);
+    move_as<WRITE, kFloat32>(v, o, at, wide);
   else if (o.dtype == kBFloat16)
-    store_as<kBFloat16>(v, o.data, at, V, wide);
+    move_as<WRITE, kBFloat16>(v, o, at, wide);
   else
-    store_as<kFloat16>(v, o.data, at, V, wide);
+    move_as<WRITE, kFloat16>(v, o, at, wide);
 }
 
-// The lane's 8 values of the block at `start`; zeros after the last tensor. `i` is the first tensor of the block.
-__device__ __forceinline__ void gather(float (&v)[kPerLane], const TensorList& list, int i, uint32_t start) {
+// The lane's 8 values of the block at `start`, read or written; after the last tensor they stay as they are. `i` is the
+// first tensor of the block.
+template <bool WRITE>
+__device__ __forceinline__ void move_block(float (&v)[kPerLane], const TensorList& list, int i, uint32_t start) {
   const uint32_t mine = start + threadIdx.x % 32 * kPerLane;
   if (i < list.count && list.end[i] >= start + kBlock) {
     const Operand o = operand_of(list, i);
-    load_gradient(v, o, mine, is_wide(o, start));
+    move<WRITE>(v, o, mine, is_wide(o, start));
     return;
   }
 #pragma unroll
   for (int k = 0; k < kPerLane; k++) {
     while (i < list.count && list.end[i] <= mine + k) i++;
-    float one[1] = {0.0f};
-    if (i < list.count) load_gradient(one, operand_of(list, i), mine + k, false);
+    float one[1] = {v[k]};
+    if (i < list.count) move<WRITE>(one, operand_of(list, i), mine + k, false);
     v[k] = one[0];
-  }
-}
-
-__device__ __forceinline__ void scatter(const float (&v)[kPerLane], const TensorList& list, int i, uint32_t start) {
-  const uint32_t mine = start + threadIdx.x % 32 * kPerLane;
-  if (i < list.count && list.end[i] >= start + kBlock) {
-    const Operand o = operand_of(list, i);
-    store_gradient(v, o, mine, is_wide(o, start));
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kPerLane; k++) {
-    while (i < list.count && list.end[i] <= mine + k) i++;
-    const float one[1] = {v[k]};
-    if (i < list.count) store_gradient(one, operand_of(list, i), mine + k, false);
   }
 }
 
@@ -143,13 +128,13 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t tile = blockIdx.x * kWarps + threadIdx.x / 32;
   const int blocks = blocks_of(tile, list.values), first = find(list, tile * kTile), lane = threadIdx.x % 32;
   if (blocks == 0) return;
-  float v[kTileBlocks][kPerLane];
+  float v[kTileBlocks][kPerLane] = {};
   int owner = first;
 #pragma unroll
   for (int b = 0; b < kTileBlocks; b++) {
     const uint32_t start = tile * kTile + b * kBlock;
     while (owner < list.count && list.end[owner] <= start) owner++;
-    if (b < blocks) gather(v[b], list, owner, start);
+    if (b < blocks) move_block<false>(v[b], list, owner, start);
   }
   const float factor = number(scale);
   unsigned odd = 0;  // a bit for each of the lane's values
@@ -239,7 +224,7 @@ __global__ void __launch_bounds__(kThreads)
     while (owner < list.count && list.end[owner] <= start) owner++;
 #pragma unroll
     for (int k = 0; k < kPerLane; k++) v[b][k] = b < blocks ? mul(v[b][k], factor) : 0.0f;
-    if (b < blocks) scatter(v[b], list, owner, start);
+    if (b < blocks) move_block<true>(v[b], list, owner, start);
   }
   // From one piece of a tensor to the next the tile or the tensor, or both, go up: no two have the same sum.
   const uint32_t end = tile * kTile + blocks * kBlock;
