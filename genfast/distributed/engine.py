@@ -15,7 +15,6 @@ from genfast.distributed.exchange import Exchange, Pending
 from genfast.distributed.finished import Finished
 from genfast.distributed.parameters import ParameterList
 from genfast.gradient_wire import WIRES
-from genfast.ops.gradient_bucket import unpack_gradients, unpack_sum
 
 PIECE, LEAST_CHUNK = 2**23, 2**14
 """Values that travel together, and of them to one rank."""
@@ -95,10 +94,7 @@ class Engine:
             pack_scale, unpack_scale = self._scale.reciprocal(), self._scale
 
         def unpack():
-            if bucket.direct:
-                mean = 1 / self.exchange.ranks if self.average else 1.0
-                return unpack_sum(bucket.received[:, None], bucket.layout, gradients, scale=unpack_scale * mean)
-            return unpack_gradients(bucket.sent, bucket.layout, gradients, scale=unpack_scale)
+            return bucket.unpack(gradients, unpack_scale, self.average)
 
         what = f"the gradients from {self.parameters.names[indices[0]]} on"
         pending = self.exchange.begin(bucket, gradients, pack_scale, unpack, what, self.average)

@@ -22,7 +22,6 @@ import torch.distributed as dist
 
 from genfast.distributed.buckets import Bucket
 from genfast.distributed.exchange import Exchange
-from genfast.ops.gradient_bucket import unpack_gradients
 
 __all__ = [
     "allreduce_hook",
@@ -111,7 +110,7 @@ def _reduced(process_group, bucket: dist.GradBucket, wire: str) -> Future:
     )
 
     def unpack():
-        unpack_gradients(place.reduced, place.layout, [buffer])
+        place.unpack([buffer])
         _free[key].append(place)
 
     pending = exchange.begin(place, [buffer], 1.0, unpack, f"bucket {bucket.index()}", average=True)
