@@ -17,8 +17,8 @@ SHORTEST_SAMPLE = 200e-6
 """Seconds: shorter calls are timed several at once, so that the clock's own cost is below a permille."""
 
 Run = Callable[[int], object]
-"""A call under test. Its argument counts calls: it picks the next inputs of a rotation with it. One whose work is done in
-other processes has a method ``seconds`` of the same argument, which does it and returns how long it took there."""
+"""A call under test. Its argument counts calls: it picks the next inputs of a rotation with it. One whose work is
+done in other processes has a method ``seconds`` of the same argument, which does it and returns how long that took."""
 
 
 def keep_freed_memory() -> bool:
