@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -31,7 +32,7 @@ def run(ranks: int, function, *arguments, timeout: float = 30, may_die: tuple[in
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
-            CONTEXT.Process(target=_rank, args=(r, ranks, port, folder, function, arguments), daemon=True)
+            CONTEXT.Process(target=_rank, args=(r, ranks, port, folder, timeout, function, arguments), daemon=True)
             for r in range(ranks)
         ]
         for job in jobs:
@@ -63,11 +64,12 @@ def all_well(ranks: int, function, *arguments, **options) -> list:
     return found
 
 
-def _rank(rank: int, ranks: int, port: int, folder: str, function, arguments) -> None:
+def _rank(rank: int, ranks: int, port: int, folder: str, timeout: float, function, arguments) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(0.9 * timeout)  # says where a rank hangs
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks, timeout=timedelta(seconds=30)
     )

@@ -2,15 +2,18 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from distributed_ranks import all_well, run
+from distributed_ranks import all_well, free_port, run
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import genfast
+from genfast.dropin import ddp_hooks
 
 TIMEOUT = 2.0
 
@@ -47,16 +50,32 @@ def fall(rank, victim, how):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, "busy"], ids=["killed", "stopped", "busy"])
-@pytest.mark.parametrize("ranks, victim", [(3, 1), (2, 0)])
+@pytest.mark.parametrize("ranks, victim", [(3, 1), (3, 0)], ids=["member", "store"])
 def test_a_rank_that_falls_is_named_in_time(ranks, victim, how):
-    if victim == 0 and how != signal.SIGKILL:
-        pytest.skip("a stopped rank 0 keeps the store with it")
     found = run(ranks, fall, victim, how, may_die=(victim,))
     for rank in set(range(ranks)) - {victim}:
         named, message, seconds = found[rank]
         assert named == (victim,) and f"rank {victim}" in message
         # The machine may be busy; what is promised is the timeout.
         assert seconds < TIMEOUT + 1, message
+
+
+def fall_under_a_drop_in(rank):
+    ddp = DistributedDataParallel(network())
+    ddp.register_comm_hook(None, ddp_hooks.fp16_compress_hook)
+    x = torch.randn(4, 6)
+    for _ in range(2):
+        ddp(x).sum().backward()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        ddp(x).sum().backward()
+    except genfast.RankFailure as error:
+        return error.ranks
+
+
+def test_the_hooks_of_pytorch_name_a_rank_that_falls():
+    assert run(2, fall_under_a_drop_in, may_die=(1,)) == [(1,), None]
 
 
 def differ(rank, what):
@@ -79,6 +98,54 @@ def test_ranks_that_differ_are_refused_with_the_first_difference(what, message):
     assert str(found[0]) == str(found[1])
     with pytest.raises(ValueError, match=message):
         raise found[0]
+
+
+def come(rank, absent):
+    if rank == absent:
+        time.sleep(60)
+    begin = time.monotonic()
+    try:
+        genfast.HookState(network(), timeout=1.0)
+    except genfast.RankFailure as error:
+        return error.ranks, str(error), time.monotonic() - begin
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_never_makes_its_state_is_named(absent):
+    found = run(3, come, absent, may_die=(absent,))
+    for ranks, message, seconds in found[:absent] + found[absent + 1 :]:
+        assert ranks == (absent,) and f"rank {absent} d" in message and seconds < 2
+
+
+SCRIPT = """
+import os, signal, sys, torch, torch.distributed as dist, genfast
+dist.init_process_group("gloo")
+net = torch.nn.Linear(3, 2)
+reducer = genfast.GradientReducer(net, timeout=2)
+for step in range(9):
+    net.zero_grad()
+    net(torch.ones(4, 3)).sum().backward()
+    reducer.finish()
+    if step == 3 and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_script_ends_by_itself_when_a_rank_stops():
+    """With the error of the rank on its last line, and no thread, connection or exit handler that holds it up."""
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", SCRIPT], env=common | {"RANK": str(r)}, stderr=subprocess.PIPE)
+        for r in range(2)
+    ]
+    try:
+        _, said = jobs[0].communicate(timeout=30)
+        assert jobs[0].returncode == 1 and jobs[1].poll() is None
+        assert b"RankFailure: rank 1 died or stopped" in said.splitlines()[-1]
+    finally:
+        for job in jobs:
+            job.kill()
+            job.communicate()
 
 
 def refuse(rank):

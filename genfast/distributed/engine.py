@@ -43,11 +43,10 @@ class Engine:
         _made[members] += 1
         self.exchange = Exchange(process_group, self.parameters.device, label, timeout)
         options = f"{kind}, wire {wire}, error_feedback {self.error_feedback}, average {average}"
-        watch = self.exchange.watch
         try:
-            self.parameters.compare(watch.store, watch.rank, watch.members, options)
+            self.parameters.compare(self.exchange.watch, options)
         except BaseException:
-            watch.close()
+            self.exchange.watch.close()
             raise
         self.exchange.connect()
         self.numels = [p.numel() for p in self.parameters.parameters]

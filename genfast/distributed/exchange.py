@@ -82,7 +82,7 @@ class Exchange:
             self._jobs = queue.SimpleQueue()
             self._worker = threading.Thread(target=_work, args=(self._jobs,), name="genfast reduction", daemon=True)
             self._worker.start()
-            weakref.finalize(self, self._jobs.put, None)
+            weakref.finalize(self, _end, self._jobs, self._worker)
 
     def begin(
         self, bucket: Bucket, gradients: list[Tensor], scale: float | Tensor, last: Callable[[], Any], what: str,
@@ -188,6 +188,13 @@ class Exchange:
             return found.copy_(t)
         self._wait(self._gather(found, t.contiguous(), what), what)
         return found
+
+
+def _end(jobs: queue.SimpleQueue, worker: threading.Thread) -> None:
+    """Also when the interpreter ends, which would not survive a thread that comes back from C++ after it."""
+    jobs.put(None)
+    if worker is not threading.current_thread():  # which may be the one that lets go of the exchange last
+        worker.join(timeout=2)
 
 
 def _work(jobs: queue.SimpleQueue) -> None:

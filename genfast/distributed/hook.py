@@ -3,7 +3,7 @@
 This file has no postponed annotations: DDP compares those of a hook with the classes themselves.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,8 @@ class HookState:
         state.finish().apply_to(optimizer)
         optimizer.step()
 
-    All ranks must make it, in the same order among other such objects.
+    All ranks must make it, in the same order among other such objects. It can be pickled and copied, as DDP is with its
+    hooks: the copy joins all ranks, when its first bucket comes, with nothing left over from rounding.
 
     Args:
         module_or_named_parameters: the module, wrapped or not, or pairs of names and parameters.
@@ -56,10 +57,19 @@ class HookState:
         max_norm: float | None = None,
         timeout: float = 600.0,
     ):
-        self.engine = Engine(
-            module_or_named_parameters, wire, process_group, error_feedback, average, grad_scaler, max_norm, timeout,
-            "DDP hook",
-        )  # fmt: skip
+        self._options = wire, process_group, error_feedback, average, grad_scaler, max_norm, timeout, "DDP hook"
+        self.engine = Engine(module_or_named_parameters, *self._options)
+
+    def __getstate__(self) -> dict:
+        parameters = self.engine.parameters
+        wire, _, *others = self._options
+        return {"_parameters": list(zip(parameters.names, parameters.parameters)), "_options": (wire, None, *others)}
+
+    def __getattr__(self, name: str):
+        if name != "engine" or "_parameters" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.engine = Engine(self.__dict__.pop("_parameters"), *self._options)
+        return self.engine
 
     def finish(self, *, max_norm: float | None = None) -> Finished:
         """After ``backward``: the norm of the gradients, whether they are finite, and how to clip them.
@@ -87,6 +97,18 @@ def comm_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future
 
     A bucket is packed into the wire's format, sent to all ranks in chunks, summed in float32 in the order of the ranks,
     rounded, gathered and unpacked: the same bits on every rank and in every run.
+
+    Args:
+        state: of this DistributedDataParallel's module.
+        bucket: of strided gradients, float32, bfloat16 or float16, which the result overwrites.
+
+    Returns:
+        A future of ``bucket.buffer()``. In ``DistributedDataParallel.join`` the average is over all ranks, also those
+        that have run out of data (``divide_by_initial_world_size=True``).
+
+    Raises:
+        TypeError: a sparse gradient, by its parameter's name.
+        ValueError: a parameter that the state was not given.
     """
     engine = state.engine
     buffer = bucket.buffer()
@@ -95,9 +117,19 @@ def comm_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future
         raise TypeError(f"{engine.parameters.names[indices[0]]} has a sparse gradient, which buckets cannot hold")
     if bucket.index() == 0:
         engine.start()
-        # In two steps, so that it comes after DDP's own, which copies buckets while others are still on their way.
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(lambda: queue(engine.settle))
     pending = engine.reduce(indices, bucket.gradients())
     pending.result = buffer
+    settle_later(bucket, engine.settle)
     return pending.future
+
+
+def settle_later(bucket: dist.GradBucket, settle: Callable[[], None]) -> None:
+    """Have ``settle``, which may raise, called at the end of the backward pass of a bucket that has been begun."""
+    if torch._C._current_graph_task_id() == -1:
+        # A rank that has run out of data, in DDP's join(): it sends zeros, and waits for nothing else.
+        if bucket.is_last():
+            settle()
+    elif bucket.index() == 0:
+        # In two steps, so that it comes after DDP's own, which copies buckets while others are still on their way.
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(settle))

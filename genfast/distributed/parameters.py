@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from genfast.distributed.failures import Watch, named
 from genfast.ops.gradient_bucket import DTYPES
 
 
@@ -67,24 +68,38 @@ class ParameterList:
         pairs = zip(self.names, self.parameters)
         return [f"{name} {list(p.shape)} {str(p.dtype).removeprefix('torch.')}" for name, p in pairs]
 
-    def compare(self, store, rank: int, members: list[int], options: str) -> None:
-        """Refuse, on all ranks, lists that are not the same on all ranks. Rank 0's is the measure.
+    def compare(self, watch: Watch, options: str) -> None:
+        """Refuse, on all ranks, lists that are not the same on all ranks. The first rank's is the measure.
 
         Raises:
             ValueError: with the first difference; the same text on every rank.
+            RankFailure: a rank did not come.
         """
         mine = [*self.lines(), options]
         digest = hashlib.sha256(json.dumps(mine).encode()).hexdigest()
-        if rank == members[0]:
-            store.multi_set(["lines", "digest"], [json.dumps(mine), digest])
-        expected = digest if store.get("digest").decode() == digest else json.loads(store.get("lines"))
-        store.set(f"said/{rank}", "" if expected == digest else _difference(rank, mine, members[0], expected))
-        if rank == members[0]:
-            said = [store.get(f"said/{r}").decode() for r in members]
-            store.set("verdict", next(filter(None, said), ""))
-        verdict = store.get("verdict").decode()
-        if verdict:
-            raise ValueError(verdict)
+        first, *others = watch.members
+        if watch.rank == first:
+            watch.tell(lines=json.dumps(mine), digest=digest)
+            keys = [f"said/{r}" for r in others]
+            said = watch.read(keys)
+            if said is None:
+                absent = [r for r, there in zip(others, watch.there(keys)) if not there]
+                message = f"{named(absent)} did not make {options.split(',')[0]} in {watch.timeout:g} s"
+                raise watch.end("RankFailure", absent, message)
+            if any(said):
+                raise watch.end("ValueError", [], next(filter(None, said)))
+            watch.tell(agreed="")
+        else:
+            expected = watch.read(["digest"])
+            if expected is None:
+                raise watch.failure("the list of parameters", f"rank {first} did not make its own")
+            difference = ""
+            if expected != [digest]:
+                (lines,) = watch.read(["lines"])
+                difference = _difference(watch.rank, mine, first, json.loads(lines))
+            watch.tell(**{f"said/{watch.rank}": difference})
+            if watch.read(["agreed"]) is None:
+                raise watch.failure("the list of parameters", f"rank {first} said nothing of it")
 
 
 def _difference(rank: int, mine: list[str], first: int, expected: list[str]) -> str:

@@ -12,7 +12,7 @@ This file has no postponed annotations: DDP compares those of a hook with the cl
 of bfloat16 carry their own names inside: DDP refuses a hook that is called so where torch was built without NCCL.
 """
 
-import functools
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from genfast.distributed.buckets import Bucket
-from genfast.distributed.exchange import Exchange
+from genfast.distributed.exchange import Exchange, Pending
+from genfast.distributed.hook import settle_later
 
 __all__ = [
     "allreduce_hook",
@@ -33,7 +34,6 @@ __all__ = [
     "quantization_pertensor_hook",
 ]
 
-TIMEOUT = 600.0
 OWN_WIRE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Future = torch.futures.Future[torch.Tensor]
 
@@ -93,35 +93,49 @@ def _cast(hook, dtype: torch.dtype):
     return wrapped
 
 
-_free: dict[tuple, list[Bucket]] = defaultdict(list)
-"""Memory of buckets that are not on their way."""
+class _Group:
+    """What the hooks keep of a process group: its exchange, buckets on their way, and memory of those that are not."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        # As PyTorch's hooks: a rank is waited for as long as the process group says.
+        timeout = group._get_backend(device).options._timeout.total_seconds()
+        self.exchange = Exchange(group, device, f"ddp_hooks/{group.group_name}", timeout)
+        self.exchange.connect()
+        self.running: list[Pending] = []
+        self.free: dict[tuple[int, str], list[Bucket]] = defaultdict(list)
+
+    def settle(self) -> None:
+        """Wait until all that was begun has ended; what failed is raised as it is."""
+        running, self.running = self.running, []
+        for pending in running:
+            pending.wait()
+
+
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _Group] = weakref.WeakKeyDictionary()
+"""Made by all ranks of a process group at the same bucket, their first one."""
 
 
 def _reduced(process_group, bucket: dist.GradBucket, wire: str) -> Future:
     buffer = bucket.buffer()
     if buffer.layout is not torch.strided or buffer.dtype not in OWN_WIRE:
         raise TypeError(f"a bucket of {buffer.dtype}, {buffer.layout} cannot travel: float32, bfloat16, float16 can")
-    exchange = _exchange(process_group, buffer.device)
-    key = exchange, buffer.numel(), wire
+    group = dist.group.WORLD if process_group is None else process_group
+    if group not in _groups:
+        _groups[group] = _Group(group, buffer.device)
+    ours = _groups[group]
+    exchange, free = ours.exchange, ours.free[buffer.numel(), wire]
     place = (
-        _free[key].pop()
-        if _free[key]
+        free.pop()
+        if free
         else Bucket([buffer.numel()], exchange.ranks, exchange.rank, wire, buffer.device, False, True)
     )
 
     def unpack():
         place.unpack([buffer])
-        _free[key].append(place)
+        free.append(place)
 
     pending = exchange.begin(place, [buffer], 1.0, unpack, f"bucket {bucket.index()}", average=True)
     pending.result = buffer
+    ours.running.append(pending)
+    settle_later(bucket, ours.settle)
     return pending.future
-
-
-@functools.cache
-def _exchange(process_group, device: torch.device) -> Exchange:
-    """Made by all ranks at the same bucket: the first one."""
-    group = dist.group.WORLD if process_group is None else process_group
-    exchange = Exchange(group, device, f"ddp_hooks/{group.group_name}", TIMEOUT)
-    exchange.connect()
-    return exchange

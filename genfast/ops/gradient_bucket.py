@@ -1,4 +1,8 @@
-"""The ops of the family ``gradient_bucket``: checks, choice of backend, torch.library."""
+"""The ops of the family ``gradient_bucket``: checks, choice of backend, torch.library.
+
+Its CUDA C++ has what Triton has not: a list of tensors as an argument of the kernel, where Triton needs a table on the
+device. Which of the two is the faster no GPU has said yet.
+"""
 
 from __future__ import annotations
 
