@@ -17,7 +17,8 @@ SHORTEST_SAMPLE = 200e-6
 """Seconds: shorter calls are timed several at once, so that the clock's own cost is below a permille."""
 
 Run = Callable[[int], object]
-"""A call under test. Its argument counts calls: it picks the next inputs of a rotation with it."""
+"""A call under test. Its argument counts calls: it picks the next inputs of a rotation with it. One whose work is
+done in other processes has a method ``seconds`` of the same argument, which does it and returns how long that took."""
 
 
 def keep_freed_memory() -> bool:
@@ -77,7 +78,7 @@ def _sample(run: Run, device: torch.device, first: int, count: int) -> float:
     prepare = getattr(run, "prepare", None)  # what a call needs and what is not to be timed
     if prepare is not None:
         prepare(first, count)
-    if hasattr(run, "seconds"):  # where other processes do it, they have the clock
+    if hasattr(run, "seconds"):
         return sum(run.seconds(i) for i in range(first, first + count))
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,18 @@ def run_command(monkeypatch, case: Case, *arguments: str) -> int:
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_in_another_process_has_the_clock_of_that_process():
+    class Elsewhere:
+        def __call__(self, i):
+            time.sleep(0.01)
+
+        def seconds(self, i):
+            return 2.0 + i % 2
+
+    times, _ = timing.interleave([Elsewhere()], CPU, seconds=0, least=4, most=4)
+    assert set(times[0]) == {2.0, 3.0}
 
 
 def test_runs_take_turns_and_every_call_has_its_own_number():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_ranks import all_well
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -19,7 +20,7 @@ def example(monkeypatch):
 
 
 def test_every_example_is_tested():
-    tested = {*MIXTURES, *CHAINS, "with_diffusers", "with_sedd", "block_diffusion_transformer"}
+    tested = {*MIXTURES, *CHAINS, "with_diffusers", "with_sedd", "with_ddp", "block_diffusion_transformer"}
     assert {p.stem for p in EXAMPLES.glob("*.py")} == {*tested, "chain", "mixture"}
 
 
@@ -49,6 +50,20 @@ def test_texts_are_of_the_chain(name, example, capsys):
     # 11500 pairs: sampling alone gives 0.011, 0.020 at the worst of 100 seeds; four letters per step give 0.046.
     assert found["error"] < 0.025
     assert "pairs of letters" in capsys.readouterr().out
+
+
+def fit(rank, options):
+    sys.path.insert(0, str(EXAMPLES))
+    import with_ddp
+
+    return with_ddp.fit(with_ddp.parsed(options))
+
+
+def test_two_ranks_fit_the_same_network_in_each_way():
+    found = [all_well(2, fit, ["--steps", "150", *way]) for way in ([], ["--without-ddp"], ["--sharded"])]
+    for (loss, norm), (_, of_other) in found:
+        assert loss < 0.5 and norm == of_other  # it begins at 3.5
+        assert loss == pytest.approx(found[0][0][0], rel=0.05)
 
 
 def test_k_diffusion_beside_its_peer(example):

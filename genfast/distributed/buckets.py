@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from genfast.gradient_wire import BucketLayout
+from genfast.ops.gradient_bucket import Unpacked, unpack_gradients, unpack_sum
 
 
 class Bucket:
@@ -37,6 +38,13 @@ class Bucket:
             self.residual = torch.zeros(self.layout.numel, device=device)
             if ranks > 1 and not self.direct:
                 self.sum_residual = torch.zeros(self.layout.chunk, device=device)
+
+    def unpack(self, gradients: list[Tensor], scale: float | Tensor = 1.0, average: bool = True) -> Unpacked:
+        """The sum or the average over the ranks into ``gradients``, once the exchange has done its part."""
+        if self.direct:
+            buckets = self.received[:, None]
+            return unpack_sum(buckets, self.layout, gradients, scale=scale / len(buckets) if average else scale)
+        return unpack_gradients(self.sent, self.layout, gradients, scale=scale)
 
     def parts(self) -> list[Tensor]:
         """The residual of each tensor."""

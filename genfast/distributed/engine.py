@@ -15,10 +15,9 @@ from genfast.distributed.exchange import Exchange, Pending
 from genfast.distributed.finished import Finished
 from genfast.distributed.parameters import ParameterList
 from genfast.gradient_wire import WIRES
-from genfast.ops.gradient_bucket import unpack_gradients, unpack_sum
 
-PIECE, LEAST_CHUNK = 2**23, 2**14
-"""Values that travel together, and of them to one rank."""
+PIECE, HOST_PIECE, LEAST_CHUNK = 2**23, 2**21, 2**14
+"""Values that travel together, on GPUs or between two ranks, and among more on CPUs; and of them to one rank."""
 _made: Counter = Counter()
 """How many engines each group of ranks has made: the name of the next one in the store."""
 
@@ -76,7 +75,11 @@ class Engine:
 
     def _pieces(self, indices: tuple[int, ...]) -> list[tuple[int, int]]:
         if indices not in self._cuts:
-            most = max(PIECE, self.exchange.ranks * LEAST_CHUNK)
+            exchange = self.exchange
+            # On CPUs the network waits for the kernels: the smaller a piece, the less. Two ranks gather nothing, and
+            # are often on one machine, where each message costs them more than it saves.
+            piece = HOST_PIECE if exchange.device.type == "cpu" and exchange.ranks > 2 else PIECE
+            most = max(piece, exchange.ranks * LEAST_CHUNK)
             ends, values = [0], 0
             for k, index in enumerate(indices):
                 values += self.numels[index]
@@ -94,10 +97,7 @@ class Engine:
             pack_scale, unpack_scale = self._scale.reciprocal(), self._scale
 
         def unpack():
-            if bucket.direct:
-                mean = 1 / self.exchange.ranks if self.average else 1.0
-                return unpack_sum(bucket.received[:, None], bucket.layout, gradients, scale=unpack_scale * mean)
-            return unpack_gradients(bucket.sent, bucket.layout, gradients, scale=unpack_scale)
+            return bucket.unpack(gradients, unpack_scale, self.average)
 
         what = f"the gradients from {self.parameters.names[indices[0]]} on"
         pending = self.exchange.begin(bucket, gradients, pack_scale, unpack, what, self.average)

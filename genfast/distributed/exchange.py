@@ -90,8 +90,8 @@ class Exchange:
     ) -> Pending:  # fmt: skip
         """Send a bucket on its way; ``last`` is called when everybody's sums are there, in ``bucket.sent``.
 
-        Without ``gather`` there is only what this rank has summed, ``bucket.sum``. If ``bucket.direct``, ``last`` finds
-        both ranks' buckets in ``bucket.received``, and adds them up itself.
+        Without ``gather`` there is only what this rank has summed, ``bucket.sum``. If ``bucket.direct``, both ranks'
+        buckets are in ``bucket.received``. ``bucket.unpack`` knows both.
         """
         if self._stream is None:
             return self._begin(bucket, gradients, scale, last, what, average, gather)

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from genfast.distributed.buckets import Bucket
 from genfast.distributed.exchange import Exchange, Pending
 from genfast.distributed.hook import settle_later
-from genfast.ops.gradient_bucket import unpack_gradients
 
 __all__ = [
     "allreduce_hook",
@@ -132,7 +131,7 @@ def _reduced(process_group, bucket: dist.GradBucket, wire: str) -> Future:
     )
 
     def unpack():
-        unpack_gradients(place.reduced, place.layout, [buffer])
+        place.unpack([buffer])
         free.append(place)
 
     pending = exchange.begin(place, [buffer], 1.0, unpack, f"bucket {bucket.index()}", average=True)
