@@ -240,3 +240,20 @@ def test_index_refuses():
         NearestCode(randn(3, 4)).reconstruct(3)
     with pytest.raises(TypeError, match="codebook"):
         NearestCode([[1.0]])
+
+
+@pytest.mark.parametrize("isa", backends.machine_isas())
+@pytest.mark.parametrize("kind", ["a few long", "half long", "signed zeros"])
+def test_codes_of_two_kinds(isa, kind):
+    """Long codes among very short ones, and a codebook whose codes are all the same number of either sign."""
+    generator = torch.Generator().manual_seed(4)
+    codebook = torch.randn(600, 20, generator=generator)
+    short = torch.arange(600) % (97 if kind == "a few long" else 2) > 0
+    codebook[short] *= 1e-5
+    if kind == "signed zeros":
+        codebook = torch.zeros(600, 20).copysign(codebook)
+    z = torch.randn(60, 20, generator=generator)
+    with backend("reference"):
+        expected = nearest_code(z, codebook)
+    with backends.instruction_set(isa):
+        assert torch.equal(nearest_code(z, codebook), expected)

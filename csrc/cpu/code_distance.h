@@ -28,6 +28,7 @@ struct Codes {
   const char* at(int64_t j) const { return data + j * stride * size_of(dtype); }
   // As numbers are, +0 and -0.
   bool equal(int64_t i, int64_t j) const {
+    if (std::memcmp(at(i), at(j), size * size_of(dtype)) == 0) return true;
     if (dtype == kFloat32) return same<uint32_t>(at(i), at(j));
     return same<uint16_t>(at(i), at(j));
   }

@@ -24,8 +24,8 @@ namespace {
 
 constexpr int64_t kMostGroups = 256;   // of a row
 constexpr int64_t kCentreCodes = 256;  // that say where the centre is taken out
-constexpr int kCentreTurns = 12;       // at the most; the last makes the sum of distances no less than this share of it
-constexpr double kCentreGain = 0.95;
+constexpr int kCentreTurns = 12;       // at the most; the last makes distances shorter by less than this
+constexpr double kCentreGain = 0.05;
 
 // Bytes of codes that are packed at a time: a share of what the matrix of scores would take, about what the caches hold
 // at the most; but a few rows are not to make many turns.
@@ -88,14 +88,15 @@ void load_rows(const Problem& p, int64_t first, int64_t n, int64_t width, float*
 // have much in common, whichever few are far away.
 void find_centre(const Problem& p, float* centre) {
   const int64_t size = p.codes.size, width = padded(size);
-  const int64_t step = std::max<int64_t>(p.codes.count / kCentreCodes, 1);
+  const int64_t step = (p.codes.count / kCentreCodes) | 1;  // odd: codes may come in turns of two kinds
   const Floats memory(3 * width);
   float *const code = memory.data(), *const sum = code + width, *const last = sum + width;
   std::fill(code, code + width, 0.0f);
   std::fill(centre, centre + width, 0.0f);
   double before = kInfinite;
   for (int turn = 0; turn < kCentreTurns; turn++) {
-    double distances = 0, weights = 0;
+    double logarithms = 0, weights = 0;
+    int64_t used = 0;
     std::fill(sum, sum + width, 0.0f);
     for (int64_t j = 0; j < p.codes.count; j += step) {
       load_run(p.codes.at(j), p.codes.dtype, size, code);
@@ -110,18 +111,19 @@ void find_centre(const Problem& p, float* centre) {
           apart = multiply_add(from, from, apart);
         }
         const float distance = std::sqrt(sum_of(apart));
-        distances += distance, weight = 1 / std::max(distance, 1e-18f);
+        weight = 1 / std::max(distance, 1e-18f);
+        logarithms -= std::log(weight);
       }
-      weights += weight;
+      weights += weight, used++;
       const vf scaled = splat(weight) * shrink;
       for (int64_t d = 0; d < width; d += kLanes)
         store(sum + d, multiply_add(scaled, load<vf>(code + d), load<vf>(sum + d)));
     }
     if (weights == 0) return;
     if (turn > 0) {
-      if (!(distances < before)) std::copy(last, last + width, centre);
-      if (!(distances < kCentreGain * before)) return;
-      before = distances;
+      if (!(logarithms < before)) std::copy(last, last + width, centre);
+      if (!(logarithms < before - kCentreGain * (double)used)) return;
+      before = logarithms;
     }
     std::copy(centre, centre + width, last);
     const vf share = splat((float)(1 / weights));
@@ -304,8 +306,19 @@ float kth_least(const float* x, int64_t vectors, int64_t k) {
   return some[k - 1];
 }
 
+// Whether there is a code at all: in a codebook that was never trained all may equal the one before.
+bool any_code(const Packed& packed, int64_t blocks) {
+  for (int64_t b = 0; b < blocks; b++) {
+    const float* n = packed.block(b) + packed.words * kBlock;
+    for (int64_t j = 0; j < kBlock; j++)
+      if (n[j] < std::numeric_limits<float>::infinity()) return true;
+  }
+  return false;
+}
+
 // Offers what the bounds leave of the packed codes, which begin at `first`.
-void offer_packed(const Problem& p, int64_t i, int64_t first, int64_t blocks, int64_t span, Space& w) {
+void offer_packed(const Problem& p, int64_t i, int64_t first, const Packed& packed, int64_t blocks, int64_t span,
+                  Space& w) {
   const int64_t groups = tiles_of(blocks, span), k = p.a.k;
   float* least = w.least.data() + i * groups * kLanes;
   // The least of kSummed groups each, so that most groups are not looked at again.
@@ -322,6 +335,7 @@ void offer_packed(const Problem& p, int64_t i, int64_t first, int64_t blocks, in
     all = smaller(most, all);
   }
   best = k == 1 ? -largest_lane(-all) : kth_least(least, groups, k);
+  if (best == std::numeric_limits<float>::infinity() && !any_code(packed, blocks)) return;
   const auto under = [&](float cut) {
     Hits hits(p, first, blocks, span, w.candidates);
     for (int64_t s = 0; s < summaries; s++) {
@@ -544,7 +558,7 @@ void run_group(const Problem& p) {
         } else if (few || w.state[i] == kOutOfRange) {
           offer_all(p, code, std::min(a.count, (begin + to) * kBlock), w.candidates);
         } else {
-          offer_packed(p, i, code, to - from, span, w);
+          offer_packed(p, i, code, Packed{packed.words, packed.block(from)}, to - from, span, w);
         }
         w.candidates.finish(index);
       }
