@@ -23,6 +23,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from benchmarks import gradient_bucket_gpu
 from benchmarks.gradient_bucket_ranks import DDP, DDP_VIEW, Layers, Ranks, Step
 from benchmarks.harness import Bar, Case, Peer, Plan, Row, Settings
 from genfast import backends
@@ -38,7 +39,7 @@ ALLOWED = {"fp32": 1e-6, "bf16": 2.0**-7, "fp16": 2.0**-10, "int8": 1 / 100, "fp
 def plans(settings: Settings) -> list[Plan]:
     """The cases, for the settings' device."""
     if settings.device.type != "cpu":
-        return [Plan("on a GPU: python -m benchmarks.gradient_bucket_gpu", _on_gpu)]
+        return gradient_bucket_gpu.plans(settings)
     layers = 6 if settings.quick else LAYERS
     found = [Plan(f"one rank {wire}", functools.partial(one_rank, layers, wire)) for wire in WIRES]
     found.append(Plan("one rank bf16, then clipped", functools.partial(one_rank, layers, "bf16", clipped=True)))
@@ -56,10 +57,6 @@ def closing(rows: list[Row]) -> str:
     if _ranks.cache_info().currsize:
         _ranks.cache_clear()
     return "one rank and two ranks: 5M parameters in 400 tensors; errors: of four ranks, against a bfloat16 ring's"
-
-
-def _on_gpu() -> Case:
-    raise RuntimeError("these cases are about the CPU; python -m benchmarks.gradient_bucket_gpu has the GPU's")
 
 
 def _backend(device) -> str:
