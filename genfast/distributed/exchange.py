@@ -2,8 +2,10 @@
 
 On CPUs (Gloo) the calling thread packs and sends, so that the network is never idle while there is something packed,
 and one thread of the exchange does the rest, bucket after bucket: it waits, reduces, sends, and, once the next bucket
-has come as far, waits and unpacks. Chunks are sent from rank to rank: Gloo's own all-gather copies everything once
-more, and its futures' callbacks run on two threads, where one collective that waits for another can stop both for ever.
+has come as far, waits and unpacks. Direct buckets are not sent a second time, so that nothing waits for their rest: the
+calling thread does it after the last one (``finish``), and two ranks have one thread less for their processors. Chunks
+are sent from rank to rank: Gloo's own all-gather copies everything once more, and its futures' callbacks run on two
+threads, where one collective that waits for another can stop both for ever.
 On GPUs (NCCL) the same is queued on a side stream, as an all-to-all and an all-gather.
 """
 
@@ -27,13 +29,17 @@ from genfast.distributed.failures import Watch
 from genfast.ops.gradient_bucket import pack_gradients, reduce_chunks
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+HELD = 3 * 2**18
+"""Bytes. A direct bucket of fewer, such as DDP's first one, leaves with the next: what its arrival wakes on the other
+rank takes the processor from a backward pass for longer than a slow link (1 Gbit/s) needs for so little."""
 
 
 class Pending:
     """A bucket on its way. ``future`` ends with ``outcome``, what the last stage returned, or with ``error``."""
 
-    def __init__(self, finite: Tensor, devices: list[torch.device]):
+    def __init__(self, finite: Tensor, devices: list[torch.device], finish: Callable[[], None] | None):
         self.finite = finite
+        self._finish = finish  # for a bucket that the thread which waits for it has to end
         self.outcome: Any = None
         self.error: BaseException | None = None
         self.result: Tensor | None = None  # what ``future`` gives
@@ -50,6 +56,8 @@ class Pending:
 
     def wait(self):
         """The outcome."""
+        if self._finish is not None and not self._ended.done():
+            self._finish()
         self._ended.wait()
         if self.error is not None:
             raise self.error
@@ -68,6 +76,8 @@ class Exchange:
         self._others = [(self.rank + k) % self.ranks for k in range(1, self.ranks)]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._jobs: queue.SimpleQueue | None = None
+        self._left: list = []  # of direct buckets: jobs
+        self._held: list[Callable[[], None]] = []  # and what sends those that have not left yet
         self._timeout = timedelta(seconds=timeout)
 
     def connect(self) -> None:
@@ -101,16 +111,23 @@ class Exchange:
 
     def _begin(self, bucket, gradients, scale, last, what, average, gather) -> Pending:
         packed = pack_gradients(gradients, bucket.layout, scale=scale, residual=bucket.residual, out=bucket.sent)
-        pending = Pending(packed.finite, [] if self._stream is None else [self.device])
+        devices = [] if self._stream is None else [self.device]
+        pending = Pending(packed.finite, devices, self.finish if bucket.direct else None)
         self.watch.begun[0] += 1
-
         lost, works = None, []
-        if self.ranks > 1:
+
+        def send():
+            nonlocal lost, works
             rows = [bucket.sent[0]] * 2 if bucket.direct else bucket.sent
             try:
                 works = self._all_to_all(bucket.received, rows, tag=0)
             except RuntimeError as error:
-                lost = error  # told by the thread, which takes its time to find out who is to blame
+                lost = error  # told by the stages, which take their time to find out who is to blame
+
+        if self.ranks > 1:
+            self._held.append(send)
+            if not bucket.direct or bucket.sent.numel() >= HELD:
+                self._send_held()
 
         def stages():
             """Pauses while a gather is on its way, then sets the outcome."""
@@ -136,8 +153,21 @@ class Exchange:
                 pass
             pending.end()
         else:
-            self._jobs.put((contextvars.copy_context(), stages(), pending))
+            put = self._left.append if bucket.direct else self._jobs.put
+            put((contextvars.copy_context(), stages(), pending))
         return pending
+
+    def _send_held(self) -> None:
+        for send in self._held:
+            send()
+        self._held.clear()
+
+    def finish(self) -> None:
+        """Do what is left of the direct buckets that were begun. What fails is kept, for ``Pending.wait``."""
+        self._send_held()
+        left, self._left, failed = self._left, [], None
+        for job in left:
+            failed = _advance(job, failed)[1]
 
     def _all_to_all(self, to: Tensor, rows, tag: int) -> list:
         """Row r goes to rank r, and what rank r sends into row r; an equal ``rows[r]`` for all is an all-gather.
@@ -177,6 +207,7 @@ class Exchange:
     def leave(self) -> None:
         """Once what was begun has ended, close the connections: who waits for this rank then sees that it is gone."""
         if self._jobs is not None:
+            self.finish()
             self._jobs.put(None)
             self._worker.join()
             dist.destroy_process_group(self.group)
@@ -212,12 +243,19 @@ def _work(jobs: queue.SimpleQueue) -> None:
         if job is None:
             ending = True
             continue
-        context, stages, pending = job
-        try:
-            if failed is None and context.run(next, stages, stages) is None:
-                paused.append(job)
-                continue
-        except Exception as error:
-            failed = error
-        pending.end(failed)
-        del job, context, stages, pending  # so that the exchange can be collected while this waits
+        pauses, failed = _advance(job, failed)
+        if pauses:
+            paused.append(job)
+        del job  # so that the exchange can be collected while this waits
+
+
+def _advance(job, failed: Exception | None) -> tuple[bool, Exception | None]:
+    """The next stage of a bucket, unless one before it has failed. Whether it pauses there, and what has failed now."""
+    context, stages, pending = job
+    try:
+        if failed is None and context.run(next, stages, stages) is None:
+            return True, None
+    except Exception as error:
+        failed = error
+    pending.end(failed)
+    return False, failed

@@ -120,6 +120,8 @@ def comm_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future
     pending = engine.reduce(indices, bucket.gradients())
     pending.result = buffer
     settle_later(bucket, engine.settle)
+    if bucket.is_last():
+        engine.exchange.finish()
     return pending.future
 
 

@@ -138,4 +138,6 @@ def _reduced(process_group, bucket: dist.GradBucket, wire: str) -> Future:
     pending.result = buffer
     ours.running.append(pending)
     settle_later(bucket, ours.settle)
+    if bucket.is_last():
+        exchange.finish()
     return pending.future
