@@ -56,6 +56,8 @@ def closing(rows: list[Row]) -> str:
     """Ends the two ranks."""
     if _ranks.cache_info().currsize:
         _ranks.cache_clear()
+    if rows and not rows[0].backend.startswith(("cpu", "reference")):
+        return "eight ranks are played by one GPU: 186M values in 248 tensors"
     return "one rank and two ranks: 5M parameters in 400 tensors; errors: of four ranks, against a bfloat16 ring's"
 
 
