@@ -2,6 +2,7 @@
 // formulas are in genfast/reference/gradient_bucket.py; every operation is rounded as there, so that all backends send
 // the same bits.
 #pragma once
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/dtype.h"
@@ -326,7 +327,7 @@ struct Place {
   // After a chunk's last block: the bytes up to the next chunk are zeros.
   void finish(uint8_t* chunk) const {
     const int64_t scales = shape.wire < kInt8 ? 0 : shape.chunk / kGradientBlock * (int64_t)sizeof(float);
-    std::memset(chunk + shape.code_bytes + scales, 0, shape.chunk_bytes - shape.code_bytes - scales);
+    std::fill(chunk + shape.code_bytes + scales, chunk + shape.chunk_bytes, (uint8_t)0);
   }
 };
 
