@@ -32,7 +32,7 @@ class HookState:
     Args:
         module_or_named_parameters: the module, wrapped or not, or pairs of names and parameters.
         wire: ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"int8"``, ``"fp8_e4m3"`` or ``"fp8_e5m2"``.
-        process_group: DDP's; by default all ranks. Two groups of the same ranks are made from it.
+        process_group: DDP's; by default all ranks. A group of the same ranks is made from it.
         error_feedback: whether what rounding leaves out is added to the next gradient; by default on int8 and fp8.
         average: divide the sum by the number of ranks, as DDP does.
         grad_scaler: the ``torch.amp.GradScaler`` in use. Gradients keep its scale, norms are told without it.

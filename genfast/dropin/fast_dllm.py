@@ -65,7 +65,7 @@ def get_transfer_index(
 
     Raises:
         ValueError: neither a threshold nor a number.
-        NotImplementedError: an unknown ``remasking``.
+        NotImplementedError: an unknown ``remasking``, as the published code has it.
     """
     if threshold is None and num_transfer_tokens is None:
         raise ValueError("num_transfer_tokens must be a tensor where there is no threshold")
@@ -110,7 +110,7 @@ def get_transfer_index_dynamic(
         As :func:`get_transfer_index`. A row without masks gets none written.
 
     Raises:
-        NotImplementedError: an unknown ``remasking``.
+        NotImplementedError: an unknown ``remasking``, as the published code has it.
     """
     check_remasking(remasking)
     tokens, confidence = _propose(
@@ -174,7 +174,7 @@ def generate(
 
     Raises:
         AssertionError: lengths or steps that do not divide one another.
-        NotImplementedError: an unknown ``remasking``.
+        NotImplementedError: an unknown ``remasking``, as the published code has it.
     """
     return _generate(
         None, model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor,

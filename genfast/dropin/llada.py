@@ -92,7 +92,7 @@ def generate(
 
     Raises:
         AssertionError: lengths or steps that do not divide one another.
-        NotImplementedError: an unknown ``remasking``.
+        NotImplementedError: an unknown ``remasking``, as the published code has it.
     """
     assert gen_length % block_length == 0, "gen_length must be a multiple of block_length"
     blocks = gen_length // block_length

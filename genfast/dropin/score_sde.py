@@ -266,7 +266,7 @@ def get_score_fn(sde: SDE, model: Callable, train: bool = False, continuous: boo
         continuous: whether it was trained at all times of [0, T] rather than at N of them.
 
     Raises:
-        NotImplementedError: an SDE that is none of these.
+        NotImplementedError: an SDE that is none of these, as the published code has it.
     """
     if not isinstance(sde, KNOWN):
         raise NotImplementedError(f"SDE class {type(sde).__name__} not yet supported.")
@@ -335,13 +335,13 @@ class _FusedPredictor(Predictor):
 
     draws_first = False
 
+    @abc.abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(of x, of the score, of the noise) [n] at times t [n]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def plainly(self, x, t):
         """The published steps, for an SDE of the user's own."""
-        raise NotImplementedError
 
     def table(self, t: Tensor) -> StepTable | None:
         """One row per time, for the model's own output in place of the score; None if it has no such form."""
@@ -421,7 +421,7 @@ class AncestralSamplingPredictor(_FusedPredictor):
     """Ancestral sampling of the discrete chains behind VP (DDPM) and VE (SMLD).
 
     Raises:
-        NotImplementedError: another SDE.
+        NotImplementedError: another SDE, as the published code has it.
     """
 
     def __init__(self, sde: SDE, score_fn: Callable, probability_flow: bool = False):
@@ -476,8 +476,9 @@ class _Langevin(Corrector):
         if not isinstance(sde, KNOWN):
             raise NotImplementedError(f"SDE class {type(sde).__name__} not yet supported.")
 
+    @abc.abstractmethod
     def step_size(self, x, t, alpha, output, scale, noise) -> Tensor:
-        raise NotImplementedError
+        """Of one step: [] or [B]."""
 
     def update_fn(self, x, t):
         sde = self.sde

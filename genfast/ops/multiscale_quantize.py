@@ -1,7 +1,8 @@
 """Multi-scale residual quantisation (VAR) of the family ``vector_quantize``: ``quantize`` on maps of growing size.
 
 It has no kernels of its own, only those of ``vector_quantize`` and ``code_update``: between them stand PyTorch's area
-and bicubic interpolation and a function of the caller's. Its cases are with ``residual_quantize``.
+and bicubic interpolation and a function of the caller's. Its cases are with ``residual_quantize``. It has not been
+timed as a whole; of its parts ``nearest_code`` and ``quantize`` have benchmarks.
 """
 
 from __future__ import annotations

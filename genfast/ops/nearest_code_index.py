@@ -1,6 +1,7 @@
 """``NearestCode``: a codebook that is searched again and again, with the methods of faiss's flat indices.
 
-It has no kernels of its own: it keeps what ``nearest_code`` packs. Its tests are with the CPU kernel of that op.
+It has no kernels of its own: it keeps what ``nearest_code`` packs. Its tests are with the CPU kernel of that op,
+whose benchmark also stands for it.
 """
 
 from __future__ import annotations
